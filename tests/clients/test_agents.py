@@ -24,24 +24,24 @@ wire_api = "responses"
 """)
     program = npm("@openai/codex") / "codex"
     options = ("--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox")
-    said = client.run(
+    output = client.run(
         program, "exec", *options, "play:codex: write hello.txt", CODEX_HOME=str(client.home)
     )
     check_file(client, "codex")
-    assert "The file is written for codex." in said
-    assert "tool_call" not in said
+    assert "The file is written for codex." in output
+    assert "tool_call" not in output
     client.check("/v1/responses", at_least=2)
 
 
 def test_claude(client: Client, npm: Install) -> None:
-    said = client.run(
+    output = client.run(
         npm("@anthropic-ai/claude-code") / "claude",
         *("-p", "play:claude: write hello.txt", "--permission-mode", "acceptEdits"),
         ANTHROPIC_BASE_URL=client.url,
         ANTHROPIC_MODEL="scripted",
     )
     check_file(client, "claude")
-    assert said.strip() == "The file is written for claude."
+    assert output.strip() == "The file is written for claude."
     client.check("/v1/messages", at_least=2)
 
 
@@ -55,22 +55,22 @@ def test_opencode(client: Client, npm: Install) -> None:
     config = {"provider": {"cenacle": provider}, "share": "disabled", "autoupdate": False}
     (client.folder / "opencode.json").write_text(json.dumps(config))
     program = npm("opencode-ai") / "opencode"
-    said = client.run(program, "run", "-m", "cenacle/scripted", "play:opencode: write hello.txt")
+    output = client.run(program, "run", "-m", "cenacle/scripted", "play:opencode: write hello.txt")
     check_file(client, "opencode")
-    assert "The file is written for opencode." in said
+    assert "The file is written for opencode." in output
     client.check("/v1/chat/completions", at_least=2)
 
 
 def test_qwen(client: Client, npm: Install) -> None:
     options = ("--auth-type", "openai", "--approval-mode", "yolo")
-    said = client.run(
+    output = client.run(
         npm("@qwen-code/qwen-code") / "qwen",
         *("-p", "play:qwen: write hello.txt", *options),
         OPENAI_BASE_URL=f"{client.url}/v1",
         OPENAI_MODEL="scripted",
     )
     check_file(client, "qwen")
-    assert "The file is written for qwen." in said
+    assert "The file is written for qwen." in output
     client.check("/v1/chat/completions", at_least=2)
 
 
@@ -89,21 +89,23 @@ models:
     capabilities: [tool_use]
 """)
     program = npm("@continuedev/cli") / "cn"
-    said = client.run(program, "-p", "--auto", "--config", config, "play:continue: write hello.txt")
+    output = client.run(
+        program, "-p", "--auto", "--config", config, "play:continue: write hello.txt"
+    )
     check_file(client, "continue")
-    assert "The file is written for continue." in said
+    assert "The file is written for continue." in output
     client.check("/v1/chat/completions", at_least=2)
 
 
 def test_aider(client: Client, pypi: Install) -> None:
     (client.folder / "hello.txt").write_text("nothing\n")
     options = ("--no-git", "--yes-always", "--no-check-update", "--no-analytics", "--no-stream")
-    said = client.run(
+    output = client.run(
         pypi("aider-chat") / "bin" / "aider",
         *(*options, "--no-show-model-warnings", "--edit-format", "whole"),
         *("--model", "openai/scripted", "--message", "play:aider: write hello.txt", "hello.txt"),
         OPENAI_API_BASE=f"{client.url}/v1",
     )
     check_file(client, "aider")
-    assert "Applied edit" in said
+    assert "Applied edit" in output
     client.check("/v1/chat/completions")

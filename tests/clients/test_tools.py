@@ -28,8 +28,8 @@ def test_llm(client: Client, pypi: Install) -> None:
     models = client.home / "extra-openai-models.yaml"
     models.write_text(json.dumps([entry]))
     program = pypi("llm") / "bin" / "llm"
-    said = client.run(program, "-m", "scripted", "play:weather", LLM_USER_PATH=str(client.home))
-    assert "It is sunny in Paris." in said
+    output = client.run(program, "-m", "scripted", "play:weather", LLM_USER_PATH=str(client.home))
+    assert "It is sunny in Paris." in output
     client.check("/v1/chat/completions")
 
 

@@ -288,11 +288,11 @@ def test_agents_wait_for_a_killed_head_and_need_no_token(cluster):
 
 def test_all_nodes_are_diagnosed_from_any(cluster):
     done = cluster.b.run("doctor", "--cluster", "--json")
-    said = json.loads(done.stdout)["nodes"]
-    assert set(said) == {"a", "b", "c"}
+    nodes = json.loads(done.stdout)["nodes"]
+    assert set(nodes) == {"a", "b", "c"}
     for name in "bc":
-        assert any("The other nodes are reached over eth0" in f["message"] for f in said[name]), (
-            said
+        assert any("The other nodes are reached over eth0" in f["message"] for f in nodes[name]), (
+            nodes
         )
 
 

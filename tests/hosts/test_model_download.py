@@ -84,9 +84,9 @@ def test_a_full_disk_is_explained(cluster):
         cluster.join(host, *line[1:])
     (program,) = cluster.a.programs
     assert program.wait(300) == 3, cluster.logs()
-    said = cluster.a.log.read_text()
-    assert re.search(r"c: .*: the download needs .*, this disk has .* free; free ", said), said
-    assert "Traceback" not in said
+    log = cluster.a.log.read_text()
+    assert re.search(r"c: .*: the download needs .*, this disk has .* free; free ", log), log
+    assert "Traceback" not in log
 
 
 def test_with_room_every_node_gets_its_part(cluster):

@@ -23,9 +23,11 @@ from cenacle.model.synth import synth
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.unavailable_reason())
 
 
-def close(got: mx.array, want: mx.array, tolerance: float = 5e-6) -> bool:
-    assert got.shape == want.shape
-    return float(mx.abs(got - want).max()) <= tolerance * max(float(mx.abs(want).max()), 1e-6)
+def close(got: mx.array, expected: mx.array, tolerance: float = 5e-6) -> bool:
+    assert got.shape == expected.shape
+    return float(mx.abs(got - expected).max()) <= tolerance * max(
+        float(mx.abs(expected).max()), 1e-6
+    )
 
 
 @pytest.mark.parametrize("normalized", [False, True])
@@ -33,13 +35,13 @@ def close(got: mx.array, want: mx.array, tolerance: float = 5e-6) -> bool:
 def test_routing(kernels, experts, k, normalized):
     scores = normal(3, 5, experts) * 4
     gates = mx.softmax(scores, axis=-1, precise=True)
-    want = mx.argsort(-gates, axis=-1)[..., :k]
-    weight = mx.take_along_axis(gates, want, axis=-1)
+    expected = mx.argsort(-gates, axis=-1)[..., :k]
+    weight = mx.take_along_axis(gates, expected, axis=-1)
     if normalized:
         weight = weight / weight.sum(axis=-1, keepdims=True)
-    for given in (scores, mx.contiguous(scores.swapaxes(0, 2)).swapaxes(0, 2)):
-        ids, got = kernels.route(given, k, normalized)
-        assert mx.array_equal(ids, want.astype(mx.uint32))
+    for route_scores in (scores, mx.contiguous(scores.swapaxes(0, 2)).swapaxes(0, 2)):
+        ids, got = kernels.route(route_scores, k, normalized)
+        assert mx.array_equal(ids, expected.astype(mx.uint32))
         assert close(got, weight, 1e-6)
 
 
@@ -69,12 +71,12 @@ def test_weighted_sum_of_experts(kernels, tokens):
     stack = kernels.Stack(stacked, down, rows, 0, 0.0, 0.0)
     x = normal(tokens, 64)
     ids = mx.array(np.random.default_rng(tokens).integers(0, 8, (tokens, 3)))
-    given = mx.where(rows[ids] < 0, mx.nan, normal(tokens, 3, seed=9))
+    route_scores = mx.where(rows[ids] < 0, mx.nan, normal(tokens, 3, seed=9))
     each = kernels.experts(x, ids, stack)
-    want = (each * mx.where(rows[ids] < 0, 0, given)[..., None]).sum(axis=-2)
-    assert close(kernels.experts(x, ids, stack, given), want)
+    expected = (each * mx.where(rows[ids] < 0, 0, route_scores)[..., None]).sum(axis=-2)
+    assert close(kernels.experts(x, ids, stack, route_scores), expected)
     with pytest.raises(ValueError, match="weight for each"):
-        kernels.experts(x, ids, stack, given[:, :2])
+        kernels.experts(x, ids, stack, route_scores[:, :2])
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -102,13 +104,15 @@ def test_queries_keys_and_values(kernels, batch, length, offset, dims, normed):
         offset=at,
     )
     for i, layer in enumerate(layers):
-        want = mx.unflatten(layer(x), -1, (-1, 32))
+        expected = mx.unflatten(layer(x), -1, (-1, 32))
         if i < 2 and normed:
-            want = mx.fast.rms_norm(want, norms[i], (1e-6, 1e-5)[i])
-        want = want.swapaxes(1, 2)
+            expected = mx.fast.rms_norm(expected, norms[i], (1e-6, 1e-5)[i])
+        expected = expected.swapaxes(1, 2)
         if i < 2:
-            want = mx.fast.rope(want, dims, traditional=False, base=1e4, scale=0.5, offset=at)
-        assert close(got[i], want, 1e-5)
+            expected = mx.fast.rope(
+                expected, dims, traditional=False, base=1e4, scale=0.5, offset=at
+            )
+        assert close(got[i], expected, 1e-5)
         # Its layout must be what it says: a cache copies it.
         assert mx.array_equal(mx.contiguous(got[i]), mx.array(np.array(got[i])))
 
@@ -116,9 +120,9 @@ def test_queries_keys_and_values(kernels, batch, length, offset, dims, normed):
 def test_attention_laid_out_for_the_projection_after_it(kernels):
     q, k, v = normal(2, 6, 5, 32), normal(2, 2, 30, 32), normal(2, 2, 30, 32)
     for mask in (None, "causal"):
-        want = kernels.scaled_dot_product_attention(q, k, v, scale=0.2, mask=mask)
+        expected = kernels.scaled_dot_product_attention(q, k, v, scale=0.2, mask=mask)
         got = kernels.attend(q, k, v, 0.2, mask)
-        assert mx.array_equal(got, want.swapaxes(1, 2).flatten(2))
+        assert mx.array_equal(got, expected.swapaxes(1, 2).flatten(2))
     half = [a.astype(mx.float16) for a in (q, k, v)]
     assert kernels.attend(*half, 0.2).shape == (2, 5, 192)
 
@@ -185,8 +189,8 @@ def test_native_attention_matches_mlx_lm_with_every_cache(models, family):
     for name, make in makers.items():
         mine, others = make(), make()
         for part in (ids[:, :4], ids[:, 4:5], ids[:, 5:]):
-            got, want = ours(part, cache=mine), theirs(part, cache=others).astype(mx.float32)
-            assert close(got, want, 1e-4), name
+            got, expected = ours(part, cache=mine), theirs(part, cache=others).astype(mx.float32)
+            assert close(got, expected, 1e-4), name
 
 
 def test_attention_over_a_quantized_cache(tmp_path):
@@ -195,5 +199,5 @@ def test_attention_over_a_quantized_cache(tmp_path):
     theirs, ours = load_model(tmp_path / "wide")[0], swapped(tmp_path / "wide")
     mine, others = ([KVCache().to_quantized(32, 8) for _ in theirs.layers] for _ in range(2))
     for part in ([[5, 9, 2, 77]], [[1]]):
-        got, want = ours(mx.array(part), cache=mine), theirs(mx.array(part), cache=others)
-        assert close(got, want, 2e-3)
+        got, expected = ours(mx.array(part), cache=mine), theirs(mx.array(part), cache=others)
+        assert close(got, expected, 2e-3)

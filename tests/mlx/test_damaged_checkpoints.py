@@ -61,8 +61,8 @@ def test_files_that_the_index_does_not_name_are_left_alone(
     with caplog.at_level(logging.WARNING):
         assert mx.array_equal(logits(locate_checkpoint(str(folder))), expected)
         locate_checkpoint(str(folder))
-    (said,) = caplog.records
-    assert f"not used, such as {name}" in said.getMessage()
+    (record,) = caplog.records
+    assert f"not used, such as {name}" in record.getMessage()
     assert (checkpoint_digest(folder), fingerprint(folder, {})) == before
 
 

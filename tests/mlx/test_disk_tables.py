@@ -38,10 +38,10 @@ def run(folder, nodes, trunk):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tables_on_disk_give_what_mlx_vlm_gives(family, quantize, tmp_path):
     synth(tmp_path, family=family, quantize=quantize, group_size=32)
-    want = logits(load_own_model(tmp_path)[0])
+    expected = logits(load_own_model(tmp_path)[0])
     for nodes, trunk in ((1, "replicated"), (2, "replicated"), (3, "sharded"), (4, "sharded")):
         for got in run(tmp_path, nodes, trunk):
-            error = np.abs(got - want[:, -got.shape[1] :]).max() / np.abs(want).max()
+            error = np.abs(got - expected[:, -got.shape[1] :]).max() / np.abs(expected).max()
             assert error < 1e-4, (nodes, trunk)
 
 

@@ -67,11 +67,11 @@ def random_inputs(shape, k: int, dtype: mx.Dtype = mx.float32) -> tuple[mx.array
     return mx.random.normal((*shape, WIDTH)).astype(dtype), ids
 
 
-def assert_close(got: mx.array, want: mx.array, tolerance: float = 2e-6) -> None:
-    assert got.shape == want.shape
-    got, want = got.astype(mx.float32), want.astype(mx.float32)
-    scale = max(mx.abs(want).max().item(), 1e-6)
-    assert mx.abs(got - want).max().item() <= tolerance * scale
+def assert_close(got: mx.array, expected: mx.array, tolerance: float = 2e-6) -> None:
+    assert got.shape == expected.shape
+    got, expected = got.astype(mx.float32), expected.astype(mx.float32)
+    scale = max(mx.abs(expected).max().item(), 1e-6)
+    assert mx.abs(got - expected).max().item() <= tolerance * scale
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -102,7 +102,7 @@ def test_replicas_are_computed_once(cls, shape):
     holders = ((0, 1), (1, 2), (0, 2), (0, 1, 2), (2,), (0,))
     speeds = (3, 2, 1)
     counts = np.bincount(np.array(ids).reshape(-1), minlength=COUNT)
-    dealt = np.array(assign_replicas(counts.tolist(), holders, speeds))
+    assigned = np.array(assign_replicas(counts.tolist(), holders, speeds))
     total = mx.zeros((*shape, 3, WIDTH))
     for rank in range(3):
         held = [e for e in range(COUNT) if rank in holders[e]]
@@ -114,7 +114,7 @@ def test_replicas_are_computed_once(cls, shape):
             StepTimer(),
             ReplicaPlacement(holders, speeds, rank),
         )(x, ids)
-        mine = np.flatnonzero(dealt == rank).tolist()
+        mine = np.flatnonzero(assigned == rank).tolist()
         assert_close(part, reference_experts(experts, x, ids, mine))
         total = total + part
     assert_close(total, experts(x, ids))
@@ -155,10 +155,10 @@ def test_id_that_no_rank_holds(cls):
     experts = stack(SwitchGLU, True, False)
     x, ids = random_inputs((1, 4), 2)
     some = mx.array(np.array([[[1, 0], [0, 0], [1, 1], [0, 1]]], dtype=bool))
-    given = mx.where(some, COUNT, ids)
+    masked_ids = mx.where(some, COUNT, ids)
     for held in [*HELD, tuple(range(COUNT))]:
-        want = mx.where(some[..., None], 0, reference_experts(experts, x, ids, held))
-        assert_close(local_experts(cls, experts, held)(x, given), want)
+        expected = mx.where(some[..., None], 0, reference_experts(experts, x, ids, held))
+        assert_close(local_experts(cls, experts, held)(x, masked_ids), expected)
 
 
 @pytest.mark.parametrize("cls", LOCAL)
@@ -200,11 +200,11 @@ def test_looped_linear_is_a_float32_gather(dtype, tolerance, shape, bias):
     x = mx.expand_dims(x, (-2, -3))
     got = LoopedGatherLinear(linear)(x, ids)
     weight = linear.weight.astype(mx.float32).swapaxes(-1, -2)
-    want = mx.gather_mm(x.astype(mx.float32), weight, rhs_indices=ids)
+    expected = mx.gather_mm(x.astype(mx.float32), weight, rhs_indices=ids)
     if bias:
-        want = want + linear.bias.astype(mx.float32)[ids][..., None, :]
+        expected = expected + linear.bias.astype(mx.float32)[ids][..., None, :]
     assert got.dtype == dtype
-    assert_close(got, want, tolerance)
+    assert_close(got, expected, tolerance)
 
 
 @pytest.mark.parametrize("k", [1, 4])
@@ -223,7 +223,7 @@ def test_looped_stack_is_the_float32_stack(kind, k):
 def test_router_ids_of_any_integer_type():
     experts = stack(SwitchGLU, False, False)
     x, ids = random_inputs((1, 3), 2)
-    want = reference_experts(experts, x, ids, (0, 1))
+    expected = reference_experts(experts, x, ids, (0, 1))
     for dtype in (mx.int32, mx.uint32, mx.int64):
         for cls in LOCAL:
-            assert_close(local_experts(cls, experts, (0, 1))(x, ids.astype(dtype)), want)
+            assert_close(local_experts(cls, experts, (0, 1))(x, ids.astype(dtype)), expected)

@@ -96,13 +96,13 @@ def test_formats_are_read_for_every_family(number, tmp_path):
     synth(tmp_path / "plain", family=RUNNABLE[number], dtype="float32")
     write_format(tmp_path / "plain", tmp_path / "model", form)
     dense = tmp_path / "model" / "dense"
-    (want,) = run_ranks(dense, 1, lambda model, _: np.array(model(IDS)))
+    (expected,) = run_ranks(dense, 1, lambda model, _: np.array(model(IDS)))
     units = spec_of(tmp_path / "model").moe[0].units
     placement = "sliced" if units > 1 else "whole"
     got = run_ranks(
         tmp_path / "model", 2, lambda model, _: np.array(model(IDS)), placement=placement
     )[0]
-    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+    assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
 def record_passes(model, passes: list[tuple[int, int]]) -> None:

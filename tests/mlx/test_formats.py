@@ -275,10 +275,10 @@ def test_block_fp8_stays_8_bits_exactly(tmp_path):
     # A byte for each weight, and the scales.
     weights = 3 * HIDDEN * WIDTH
     assert weights < spec.moe[0].expert_bytes < weights * (1 + 4 / 64)
-    for native, said in ((True, "exactly"), (False, "widens each of them")):
+    for native, text in ((True, "exactly"), (False, "widens each of them")):
         (notice,) = describe_formats(nn.Module(), checkpoint.quantized, uses_native_kernels=native)
         assert notice.startswith("24 matrices of the checkpoint (block fp8) stay 8 bits in memory")
-        assert notice.endswith(said) or said in notice
+        assert notice.endswith(text) or text in notice
 
 
 def test_fp8_in_odd_blocks_is_rounded_to_the_type_of_the_model(tmp_path):

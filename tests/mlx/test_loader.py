@@ -292,27 +292,27 @@ def test_progress_counts_the_plans_bytes():
     checkpoint = Checkpoint.open(MIXTRAL)
     plan = Plan.whole(read_model_spec(checkpoint), 3)
     for rank in range(3):
-        told = []
-        load_rank_model(checkpoint, plan, rank, lambda *now, told=told: told.append(now))
+        reports = []
+        load_rank_model(checkpoint, plan, rank, lambda *now, reports=reports: reports.append(now))
         total = plan.bytes_of(rank)["total"]
-        assert told[-1] == (total, total)
-        assert [done for done, _ in told] == sorted(done for done, _ in told)
+        assert reports[-1] == (total, total)
+        assert [done for done, _ in reports] == sorted(done for done, _ in reports)
 
 
 def test_a_model_is_read_module_by_module():
     checkpoint = Checkpoint.open(MIXTRAL)
     plan = Plan.whole(read_model_spec(checkpoint), 1)
-    told = []
-    with open_rank_model(checkpoint, plan, 0, lambda *now: told.append(now)) as (model, reader):
+    reports = []
+    with open_rank_model(checkpoint, plan, 0, lambda *now: reports.append(now)) as (model, reader):
         parameters = dict(architecture.named_parameters(model))
         assert sum(1 for m in model.modules() for _ in _own_parameters(m)) == len(parameters)
-        assert told == []
+        assert reports == []
         reader.read(model.lm_head)
         reader.read(model.lm_head)  # counted once
-        assert {done for done, _ in told} == {model.lm_head.weight.nbytes}
+        assert {done for done, _ in reports} == {model.lm_head.weight.nbytes}
         del model.lm_head  # taken away meanwhile, as a packed layer's weights are
     total = plan.bytes_of(0)["total"]
-    assert told[-1] == (total, total)
+    assert reports[-1] == (total, total)
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])

@@ -67,12 +67,12 @@ def packs(kernels, bits: int, mode: str) -> bool:
 
 
 def assert_close(got: mx.array, x: mx.array, w: mx.array, tolerance: float) -> None:
-    want = np.array(x, np.float64) @ np.array(w, np.float64).T
-    assert got.shape == want.shape
+    expected = np.array(x, np.float64) @ np.array(w, np.float64).T
+    assert got.shape == expected.shape
     assert got.dtype == mx.float32
     # What an output is made of, not the output, which may be a small difference.
     scale = np.linalg.norm(x) * np.linalg.norm(w) / x.shape[-1] ** 0.5
-    assert np.linalg.norm(np.array(got) - want) <= tolerance * scale
+    assert np.linalg.norm(np.array(got) - expected) <= tolerance * scale
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -147,8 +147,8 @@ def test_a_scale_of_rows_comes_before_the_bias(kernels, bits, group, mode):
     plain = kernels.Weights(*arguments, None, bits, group, mode)
     scale, bias, x = normal(37, seed=1), normal(37, seed=2), normal(9, 192, seed=3)
     made = kernels.Weights(*arguments, bias, bits, group, mode, output_scale=scale)
-    want = np.array(kernels.linear(x, plain)) * np.array(scale) + np.array(bias)
-    assert np.allclose(kernels.linear(x, made), want, rtol=1e-6, atol=1e-6)
+    expected = np.array(kernels.linear(x, plain)) * np.array(scale) + np.array(bias)
+    assert np.allclose(kernels.linear(x, made), expected, rtol=1e-6, atol=1e-6)
     ids = mx.array([3, 36, 0])
     rows = np.array(kernels.embed(ids, plain)) * np.array(scale)[np.array(ids), None]
     assert np.array_equal(kernels.embed(ids, made), rows)
@@ -219,8 +219,8 @@ def test_outlier_spoils_only_its_own_group(kernels, bits):
     w = mx.dequantize(q, s, b, 64, bits)
     x = mx.array(x)
     small = mx.array(np.where(np.abs(np.array(x)) > 1e3, 0, np.array(x)))
-    got, want = np.array(kernels.linear(x, made)), np.array(small @ w.T)
-    assert np.abs(got - want).max() <= 1e-3 * np.abs(want).max()
+    got, expected = np.array(kernels.linear(x, made)), np.array(small @ w.T)
+    assert np.abs(got - expected).max() <= 1e-3 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -238,17 +238,17 @@ def test_nan_is_passed_on_to_its_own_token(kernels, bad, bits):
 def test_values_at_the_ends_of_the_range(kernels, value, bits, group, mode):
     made, w = quantized(normal(40, 256), bits, group, mode)
     x = mx.full((2, 256), value)
-    got, want = np.array(kernels.linear(x, made)), np.array(x @ w.T)
-    assert np.abs(got - want).max() <= max(1e-4 * np.abs(want).max(), 1e-30)
+    got, expected = np.array(kernels.linear(x, made)), np.array(x @ w.T)
+    assert np.abs(got - expected).max() <= max(1e-4 * np.abs(expected).max(), 1e-30)
 
 
 def test_bias_strides_types_and_shapes(kernels):
     w, bias = normal(24, 64), normal(24)
     made = kernels.Weights(w, None, None, bias, 0, 0, "")
     x = normal(64, 5, 3, seed=1).transpose(1, 2, 0)
-    want = np.array(x) @ np.array(w).T + np.array(bias)
-    assert np.allclose(kernels.linear(x, made), want, atol=1e-4)
-    assert np.allclose(kernels.linear(x.astype(mx.bfloat16), made), want, atol=0.3)
+    expected = np.array(x) @ np.array(w).T + np.array(bias)
+    assert np.allclose(kernels.linear(x, made), expected, atol=1e-4)
+    assert np.allclose(kernels.linear(x.astype(mx.bfloat16), made), expected, atol=0.3)
     assert kernels.linear(x[:0], made).shape == (0, 3, 24)
 
 
@@ -328,11 +328,11 @@ def check(experts: nn.Module, held, tokens: int, k: int, tolerance: float) -> No
     random = np.random.default_rng(tokens)
     ids = mx.array(np.stack([random.permutation(COUNT)[:k] for _ in range(tokens)]))
     x = normal(1, tokens, WIDTH)
-    want = np.array(reference_experts(experts, x, ids[None], held))
+    expected = np.array(reference_experts(experts, x, ids[None], held))
     part = NativeExperts(stacked_rows(experts, held), held, COUNT, 0, StepTimer())
     got = np.array(part(x, ids[None].astype(mx.uint32)))
-    assert got.shape == want.shape
-    assert np.linalg.norm(got - want) <= tolerance * max(np.linalg.norm(want), 1e-6)
+    assert got.shape == expected.shape
+    assert np.linalg.norm(got - expected) <= tolerance * max(np.linalg.norm(expected), 1e-6)
     assert not got[0][~np.isin(np.array(ids), held)].any()
 
 
@@ -439,8 +439,8 @@ def both(folder):
     return results
 
 
-def error(got: mx.array, want: mx.array) -> float:
-    return float(mx.abs(got - want).max() / mx.abs(want).max())
+def error(got: mx.array, expected: mx.array) -> float:
+    return float(mx.abs(got - expected).max() / mx.abs(expected).max())
 
 
 def do_not_round(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,7 +520,7 @@ def test_rounding_of_activations_explains_quantized_logits(
     do_not_round(family, monkeypatch)
     synth(tmp_path / "m", family=family, quantize=bits, group_size=group_size)
     attend_to_all(tmp_path / "m")
-    want, chosen = logits_and_routing(tmp_path / "m", "mlx")
+    expected, chosen = logits_and_routing(tmp_path / "m", "mlx")
     extension = native.extension()
     before = extension.selected_kernels()
     errors, compared = {}, {}
@@ -531,8 +531,8 @@ def test_rounding_of_activations_explains_quantized_logits(
             pairs = zip(chosen, natively_chosen, strict=True)
             same = np.all([(a == b).all(axis=-1) for a, b in pairs], axis=0)
             compared[kernels] = int(np.argmin([*same, False]))
-            difference = np.abs(got - want)[: compared[kernels]]
-            errors[kernels] = float(difference.max(initial=0) / np.abs(want).max())
+            difference = np.abs(got - expected)[: compared[kernels]]
+            errors[kernels] = float(difference.max(initial=0) / np.abs(expected).max())
     finally:
         extension.select_kernels(before)
     assert errors.pop("portable") <= EXACT_LOGITS
@@ -545,10 +545,10 @@ def test_error_of_integer_activations_in_logits(activations, most, tmp_path):
     synth(tmp_path / "m", family="qwen3_moe", quantize=4, group_size=64)
     native.extension().set_activation_bits(activations)
     try:
-        (got, _), (want, _) = both(tmp_path / "m")
+        (got, _), (expected, _) = both(tmp_path / "m")
     finally:
         native.extension().set_activation_bits(16)
-    assert error(got, want) <= most
+    assert error(got, expected) <= most
 
 
 # Replicas

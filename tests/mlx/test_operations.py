@@ -23,11 +23,11 @@ def normal(random, *shape: int) -> mx.array:
     return mx.array(random.standard_normal(shape).astype(np.float32))
 
 
-def assert_close(got: mx.array, want: mx.array, tolerance: float = TOLERANCE) -> None:
-    assert got.dtype == want.dtype
-    assert got.shape == want.shape
-    scale = max(float(mx.abs(want).max()), 1e-6)
-    assert float(mx.abs(got - want).max()) <= tolerance * scale
+def assert_close(got: mx.array, expected: mx.array, tolerance: float = TOLERANCE) -> None:
+    assert got.dtype == expected.dtype
+    assert got.shape == expected.shape
+    scale = max(float(mx.abs(expected).max()), 1e-6)
+    assert float(mx.abs(got - expected).max()) <= tolerance * scale
 
 
 SHAPES = [(3, 7), (1, 1, 2048), (2, 5, 4, 96), (1000, 130), (1, 1)]
@@ -48,9 +48,9 @@ def test_logsumexp(kernels, random):
     for x in (normal(random, 3, 1001), normal(random, 2, 3, 64) * 50, mx.full((2, 5), -mx.inf)):
         for keepdims in (False, True):
             got = kernels.logsumexp(x, axis=-1, keepdims=keepdims)
-            want = MLX["logsumexp"](x, axis=-1, keepdims=keepdims)
-            assert got.shape == want.shape
-            assert np.allclose(got, want, rtol=1e-6)
+            expected = MLX["logsumexp"](x, axis=-1, keepdims=keepdims)
+            assert got.shape == expected.shape
+            assert np.allclose(got, expected, rtol=1e-6)
     y = normal(random, 4, 6)
     assert np.allclose(kernels.logsumexp(y), MLX["logsumexp"](y))
     assert np.allclose(kernels.logsumexp(y, axis=0), MLX["logsumexp"](y, axis=0))
@@ -66,8 +66,8 @@ def test_rope(kernels, random, shape, offset, dims, traditional):
         x = mx.contiguous(x.swapaxes(1, 2)).swapaxes(1, 2)
     at = mx.arange(shape[0]) * 900 - 1 if offset == "each" else offset
     freqs = mx.abs(normal(random, dims // 2)) * 100 + 1
-    for base, given in ((1e6, None), (None, freqs)):
-        args = {"traditional": traditional, "base": base, "scale": 0.5, "freqs": given}
+    for base, frequencies in ((1e6, None), (None, freqs)):
+        args = {"traditional": traditional, "base": base, "scale": 0.5, "freqs": frequencies}
         got = kernels.rope(x, dims, offset=at, **args)
         assert_close(got, MLX["rope"](x, dims, offset=at, **args))
 

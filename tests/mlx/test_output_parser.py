@@ -68,10 +68,10 @@ def plain() -> ChatTokenizer:
 
 
 def parts_of(
-    text: ChatTokenizer, said: str, tools=(WEATHER,), stop=(), prompt=()
+    text: ChatTokenizer, output: str, tools=(WEATHER,), stop=(), prompt=()
 ) -> list[OutputPart]:
     stream = text.chat_parser(stop, tools, prompt)
-    parts = [part for token in text.encode(said) for part in stream.add(token)]
+    parts = [part for token in text.encode(output) for part in stream.add(token)]
     return join_text(parts + ([] if stream.stop_string else stream.finish()))
 
 
@@ -80,7 +80,7 @@ CALLED = OutputPart("call", '{"place": "Oslo"}', "weather")
 
 
 @pytest.mark.parametrize(
-    ("said", "parts"),
+    ("output", "parts"),
     [
         ("It rains.", [OutputPart("text", "It rains.")]),
         (CALL, [CALLED]),
@@ -103,8 +103,8 @@ CALLED = OutputPart("call", '{"place": "Oslo"}', "weather")
         ),
     ],
 )
-def test_an_output_is_split_into_parts(thinker, said, parts):
-    assert parts_of(thinker, said) == parts
+def test_an_output_is_split_into_parts(thinker, output, parts):
+    assert parts_of(thinker, output) == parts
 
 
 def test_calls_are_text_without_tools(thinker):
@@ -137,9 +137,9 @@ def test_one_call_ends_the_output_without_parallel_calls(thinker):
     assert (stream.finished, stream.stop_string) == (True, None)
 
 
-def start_choice(text: ChatTokenizer, prompt: tuple[int, ...], **given) -> InFlightChoice:
+def start_choice(text: ChatTokenizer, prompt: tuple[int, ...], **options) -> InFlightChoice:
     request = Request("1", prompt, 20, text.stop_tokens)
-    return InFlightChoice(0, request, 1, text.chat_parser((), (), prompt), text, **given)
+    return InFlightChoice(0, request, 1, text.chat_parser((), (), prompt), text, **options)
 
 
 def test_reasoning_is_closed_after_its_budget(thinker):
@@ -150,14 +150,14 @@ def test_reasoning_is_closed_after_its_budget(thinker):
         parts = choice.add_token(TokenEvent("1", token, cached_tokens=2))
         assert choice.request.id == "1"
     assert choice.change_phase(parts) == parts  # a mark has no text
-    rest = choice.request
-    assert rest.id != "1"
-    assert rest.tokens == (*prompt, *thoughts, *thinker.reasoning_end)
-    assert (rest.max_tokens, rest.resumed_tokens) == (15, 5)
+    resumed = choice.request
+    assert resumed.id != "1"
+    assert resumed.tokens == (*prompt, *thoughts, *thinker.reasoning_end)
+    assert (resumed.max_tokens, resumed.resumed_tokens) == (15, 5)
     choice.change_phase([])
-    assert choice.request is rest
-    (said,) = choice.add_token(TokenEvent(rest.id, thinker.encode("x")[0], cached_tokens=9))
-    assert (said.kind, said.text, choice.cached_tokens) == ("text", "x", 2)
+    assert choice.request is resumed
+    (part,) = choice.add_token(TokenEvent(resumed.id, thinker.encode("x")[0], cached_tokens=9))
+    assert (part.kind, part.text, choice.cached_tokens) == ("text", "x", 2)
     assert (choice.generated_tokens, choice.reasoning_tokens) == (5, 4)
 
 
@@ -172,48 +172,52 @@ def test_a_grammar_starts_after_reasoning(thinker):
         None,
         {5: 1.0, end: -100},
     )
-    said = []
+    parts = []
     thoughts = thinker.encode("Hm.</think>")
     for token in thoughts:
-        said += choice.change_phase(choice.add_token(TokenEvent("1", token)))
-    assert join_text(said) == [OutputPart("reasoning", "Hm.")]
-    rest = choice.request
-    assert (rest.tokens, rest.grammar, rest.resumed_tokens) == ((*prompt, *thoughts), "g", 0)
-    assert (rest.max_tokens, rest.sampling.logit_bias) == (20 - len(thoughts), {5: 1.0})
+        parts += choice.change_phase(choice.add_token(TokenEvent("1", token)))
+    assert join_text(parts) == [OutputPart("reasoning", "Hm.")]
+    resumed = choice.request
+    assert (resumed.tokens, resumed.grammar, resumed.resumed_tokens) == (
+        (*prompt, *thoughts),
+        "g",
+        0,
+    )
+    assert (resumed.max_tokens, resumed.sampling.logit_bias) == (20 - len(thoughts), {5: 1.0})
     for token in thinker.encode("<think>1"):  # from here on everything is text
-        said += choice.add_token(TokenEvent(rest.id, token))
-    assert join_text(said)[1:] == [OutputPart("text", "<think>1")]
+        parts += choice.add_token(TokenEvent(resumed.id, token))
+    assert join_text(parts)[1:] == [OutputPart("text", "<think>1")]
     assert choice.reasoning_tokens == len(thoughts)
 
 
 def test_reasoning_is_started_before_an_output_with_a_grammar(tmp_path, thinker, plain):
-    ask = [{"role": "user", "content": "Why?"}]
-    opened = thinker.render(ask, reasoning=True)
+    question = [{"role": "user", "content": "Why?"}]
+    opened = thinker.render(question, reasoning=True)
     assert thinker.start_reasoning(opened, None) == opened
-    closed = thinker.render(ask, reasoning=False)
+    closed = thinker.render(question, reasoning=False)
     assert thinker.start_reasoning(closed, False) == closed
     assert thinker.decode(thinker.start_reasoning(closed, True)).endswith("<think>")
-    assert plain.start_reasoning(plain.render(ask), None) == plain.render(ask)
+    assert plain.start_reasoning(plain.render(question), None) == plain.render(question)
     able = text_of(tmp_path, "{{ messages[0].content }}", ("<think>", "</think>"))
     # It has the marks, and nothing says that it thinks.
-    assert able.start_reasoning(able.render(ask), None) == able.render(ask)
+    assert able.start_reasoning(able.render(question), None) == able.render(question)
 
 
 def test_reasoning_started_by_the_prompt(thinker):
-    ask = [{"role": "user", "content": "Why?"}]
-    prompt = thinker.render(ask, reasoning=True)
+    question = [{"role": "user", "content": "Why?"}]
+    prompt = thinker.render(question, reasoning=True)
     assert parts_of(thinker, "Hm.</think>So.", prompt=prompt) == [
         OutputPart("reasoning", "Hm."),
         OutputPart("text", "So."),
     ]
-    assert parts_of(thinker, "So.", prompt=thinker.render(ask, reasoning=False)) == [
+    assert parts_of(thinker, "So.", prompt=thinker.render(question, reasoning=False)) == [
         OutputPart("text", "So.")
     ]
 
 
 def test_stop_strings_apply_to_text_only(thinker):
-    said = "<think>stop?</think>Go, stop, go"
-    assert parts_of(thinker, said, stop=["stop"]) == [
+    output = "<think>stop?</think>Go, stop, go"
+    assert parts_of(thinker, output, stop=["stop"]) == [
         OutputPart("reasoning", "stop?"),
         OutputPart("text", "Go, "),
     ]
@@ -226,13 +230,13 @@ def test_stop_strings_apply_to_text_only(thinker):
 def test_no_text_is_lost(thinker, words):
     """Joined, with marks and the lines beside them aside, the parts are what was said."""
 
-    def bare(said: str) -> str:
+    def bare(output: str) -> str:
         for mark in ("<think>", "</think>", "<tool_call>", "</tool_call>", "\n"):
-            said = said.replace(mark, "")
-        return said
+            output = output.replace(mark, "")
+        return output
 
-    said = "".join(words)
-    assert bare("".join(part.text for part in parts_of(thinker, said))) == bare(said)
+    output = "".join(words)
+    assert bare("".join(part.text for part in parts_of(thinker, output))) == bare(output)
 
 
 # What each of mlx-lm's parsers reads; the templates name the marks by which mlx-lm knows them.
@@ -302,18 +306,18 @@ WRAPPERS = {
 
 @pytest.mark.parametrize("parser", SCRIPTS)
 def test_every_format_of_tool_calls(tmp_path, parser):
-    mark, said = SCRIPTS[parser]
+    mark, output = SCRIPTS[parser]
     text = text_of(tmp_path, f"{{# {mark} #}}{{{{ tools }}}}", XTML if parser == "kimi_k3" else ())
     start, end = WRAPPERS.get(parser, ("", ""))
-    bare = said.removeprefix(start).removesuffix(end)
-    for written in (said, bare):
+    bare = output.removeprefix(start).removesuffix(end)
+    for written in (output, bare):
         before, call = parts_of(text, f"I look.{written}")
         assert before == OutputPart("text", "I look.")
         assert (call.kind, call.name) == ("call", "weather")
         assert json.loads(call.text) == {"place": "Oslo"}
         assert call.id == ("functions.weather:0" if parser == "kimi_k2" else "")
         assert parts_of(text, written, tools=()) == [OutputPart("text", written)]
-    for fault in (said[:-25], said.replace("weather", ""), said.replace("Oslo", "\0")):
+    for fault in (output[:-25], output.replace("weather", ""), output.replace("Oslo", "\0")):
         joined = "".join(part.text for part in parts_of(text, fault))
         assert joined == fault or '"place"' in joined
 
@@ -368,7 +372,7 @@ def test_text_that_begins_no_call_is_not_held_back(thinker):
 
 
 @pytest.mark.parametrize(
-    "said",
+    "output",
     [
         "<function=weather>\n<parameter=place>\nOslo\n</parameter>\n</function>",
         "<function=weather>\n<parameter=place>\nOslo\n</parameter>\n</function>\n</tool_call>",
@@ -376,16 +380,16 @@ def test_text_that_begins_no_call_is_not_held_back(thinker):
         "<tool_call>\n<function=weather>\n<parameter=place>\nOslo",
     ],
 )
-def test_a_call_in_qwens_format_needs_no_wrapper_and_no_ends(tmp_path, said):
+def test_a_call_in_qwens_format_needs_no_wrapper_and_no_ends(tmp_path, output):
     text = text_of(tmp_path, "{# <tool_call>\n<function= #}{{ tools }}")
-    assert [part for part in parts_of(text, said) if part.text.strip()] == [CALLED]
-    assert parts_of(text, said, tools=()) == [OutputPart("text", said)]
+    assert [part for part in parts_of(text, output) if part.text.strip()] == [CALLED]
+    assert parts_of(text, output, tools=()) == [OutputPart("text", output)]
 
 
 def test_forced_calls_are_parsed_at_the_end(plain):
-    said = '[{"name": "weather", "arguments": {"place": "Oslo"}}, {"name": "b", "arguments": {}}]'
+    output = '[{"name": "weather", "arguments": {"place": "Oslo"}}, {"name": "b", "arguments": {}}]'
     stream = plain.tool_call_parser(structured_output.parse_tool_calls)
-    tokens = plain.encode(said)
+    tokens = plain.encode(output)
     assert [part for token in tokens for part in stream.add(token)] == []
     assert stream.finish() == [CALLED, OutputPart("call", "{}", "b")]
     cut = plain.tool_call_parser(structured_output.parse_tool_calls)
@@ -402,12 +406,12 @@ def test_a_template_renders_tools_and_calls(thinker):
         {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [call]},
         {"role": "tool", "content": "rain"},
     ]
-    said = thinker.decode(thinker.render(messages, [WEATHER]))
-    assert '"name": "weather"' in said.split("<|im_start|>")[1]
+    output = thinker.decode(thinker.render(messages, [WEATHER]))
+    assert '"name": "weather"' in output.split("<|im_start|>")[1]
     assert (
-        '<think>Hm.</think><tool_call>{"name": "weather", "arguments": {"place": "Oslo"}}' in said
+        '<think>Hm.</think><tool_call>{"name": "weather", "arguments": {"place": "Oslo"}}' in output
     )
-    assert "tool\nrain" in said
+    assert "tool\nrain" in output
     assert (thinker.renders_tools, thinker.parses_tool_calls, thinker.has_reasoning) == (
         True,
         True,
@@ -427,20 +431,20 @@ def test_a_template_without_tools(plain):
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "rain"},
     ]
-    told = structured_output.describe_tools_in_chat(messages, [WEATHER])
-    assert [m["role"] for m in told] == ["system", "user", "assistant", "user"]
-    said = plain.decode(plain.render(told))
-    assert "Look outside" in said
-    assert '[{"name": "weather", "arguments": {}}]' in said
-    assert "rain" in said
+    described = structured_output.describe_tools_in_chat(messages, [WEATHER])
+    assert [m["role"] for m in described] == ["system", "user", "assistant", "user"]
+    output = plain.decode(plain.render(described))
+    assert "Look outside" in output
+    assert '[{"name": "weather", "arguments": {}}]' in output
+    assert "rain" in output
 
 
 def test_options_reach_the_template_or_are_refused(thinker):
-    ask = [{"role": "user", "content": "Why?"}]
-    assert thinker.decode(thinker.render(ask, options={"shout": True})).endswith("!")
+    question = [{"role": "user", "content": "Why?"}]
+    assert thinker.decode(thinker.render(question, options={"shout": True})).endswith("!")
     for name in ("whisper", "tools", "messages", "add_generation_prompt", "chat_template"):
         with pytest.raises(InputError, match=name) as caught:
-            thinker.render(ask, options={name: True})
+            thinker.render(question, options={name: True})
         assert caught.value.field == name
 
 
@@ -454,9 +458,9 @@ def test_the_last_message_can_be_continued(plain):
 def test_reasoning_is_closed_if_disabled(tmp_path):
     always = "{{ messages[0].content }}<think>"
     text = text_of(tmp_path, always, ("<think>", "</think>"))
-    ask = [{"role": "user", "content": "Why?"}]
-    assert text.decode(text.render(ask)).endswith("<think>")
-    assert text.decode(text.render(ask, reasoning=False)).endswith("<think></think>")
+    question = [{"role": "user", "content": "Why?"}]
+    assert text.decode(text.render(question)).endswith("<think>")
+    assert text.decode(text.render(question, reasoning=False)).endswith("<think></think>")
 
 
 def test_token_logprobs_have_bytes(plain):
@@ -491,9 +495,9 @@ def test_a_template_states_the_form_of_calls(tmp_path, form):
     text = text_of(tmp_path, DEEPSEEK.replace("CALL", written))
     assert (text.parses_tool_calls, text.renders_tools) == (True, False)
     call = form.format("weather", '{"place": "Oslo"}') + "<｜tool▁call▁end｜>"
-    said = f"I look.<｜tool▁calls▁begin｜>{call}{call}<｜tool▁calls▁end｜>"
-    assert parts_of(text, said) == [OutputPart("text", "I look."), CALLED, CALLED]
-    broken = said.replace('"Oslo"', "Oslo")
+    output = f"I look.<｜tool▁calls▁begin｜>{call}{call}<｜tool▁calls▁end｜>"
+    assert parts_of(text, output) == [OutputPart("text", "I look."), CALLED, CALLED]
+    broken = output.replace('"Oslo"', "Oslo")
     assert "".join(part.text for part in parts_of(text, broken)) == broken
     function = {"name": "weather", "arguments": {"place": "Oslo"}}
     messages = [
@@ -502,8 +506,8 @@ def test_a_template_states_the_form_of_calls(tmp_path, form):
         {"role": "tool", "content": "rain", "tool_call_id": "1"},
     ]
     example = text.call_form.example
-    told = structured_output.describe_tools_in_chat(messages, [WEATHER], example)
-    rendered = text.decode(text.render(told))
+    described = structured_output.describe_tools_in_chat(messages, [WEATHER], example)
+    rendered = text.decode(text.render(described))
     assert "Look outside" in rendered
     assert form.format("weather", '{"place": "Oslo"}') in rendered
     assert form.format("NAME", '{"ARGUMENT": "VALUE"}') in rendered

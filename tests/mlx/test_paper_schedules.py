@@ -17,7 +17,7 @@ from cenacle.model.synth import synth
 from cenacle.research.paper_schedules import CENTRALIZED_SCHEDULES, SCHEDULES, install_schedule
 
 PROMPT = [(37 * i + 11) % 251 for i in range(12)]
-THEN = [17, 200, 3, 90]
+DECODED = [17, 200, 3, 90]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def expected(folder):
 def steps(run, model):
     cache = make_prompt_cache(model)
     found = []
-    for ids in ([*PROMPT], *([t] for t in THEN)):
+    for ids in ([*PROMPT], *([t] for t in DECODED)):
         found.append(run(mx.array([ids]), cache)[0, -1].astype(mx.float32))
     return np.stack([np.array(f) for f in found])
 
@@ -53,7 +53,7 @@ def on_ranks(folder, nodes, name, kernels):
         model = load_rank_model(Checkpoint.open(folder), plan, collective.rank, lambda *_: None)
         layers = install_schedule(model, spec.family, plan, collective, StepTimer(), kernels, name)
         if name in CENTRALIZED_SCHEDULES and collective.rank:
-            for length in (len(PROMPT), *(1 for _ in THEN)):
+            for length in (len(PROMPT), *(1 for _ in DECODED)):
                 for layer in layers:
                     layer.serve(1, length, spec.top_k)
             return None, layers, collective.traffic.calls
@@ -80,7 +80,7 @@ def test_every_schedule_gives_mlx_lms_logits(folders, name, family, nodes, kerne
     assert error <= (5e-4 if family == "quantized" else 1e-4)
     layers = len(results[0][1])
     per_layer = 2 if name in CENTRALIZED_SCHEDULES else 1
-    assert [r[2] for r in results] == [per_layer * layers * (1 + len(THEN))] * nodes
+    assert [r[2] for r in results] == [per_layer * layers * (1 + len(DECODED))] * nodes
 
 
 def test_what_each_schedule_runs(folders):

@@ -82,8 +82,8 @@ def test_rdma_is_preferred_to_cuda_and_cuda_to_the_mesh():
         choose_backend("jaccl", "f32", [a, b, cut])
     with pytest.raises(ClusterError, match="x: no cable with RDMA"):
         choose_backend("jaccl", "f32", [a, node("x")])
-    said = [[None, "rdma_en7"], ["rdma_en8", None]]  # a hosts file's
-    assert choose_backend("auto", "f32", [node("x"), node("y")], said).devices == said
+    ports = [[None, "rdma_en7"], ["rdma_en8", None]]  # a hosts file's
+    assert choose_backend("auto", "f32", [node("x"), node("y")], ports).devices == ports
     with pytest.raises(InputError, match="expected f32 with the jaccl backend"):
         choose_backend("auto", "bf16", [a, b, c])
     cuda = [node("a", cuda=True), node("b", cuda=True)]
@@ -231,10 +231,10 @@ def test_a_model_that_does_not_fit_is_refused_with_the_node():
 
 def test_slow_links_are_named():
     members = [node("a"), node("b"), node("c")]
-    found = {(0, 1): Link(50e-6, GB), (0, 2): Link(300e-6, 2 * GB), (1, 2): Link(40e-6, GB / 10)}
-    said = describe_links(members, found)
-    assert said == "links: latency at most 300 us (a to c), bandwidth at least 0.10 GB/s"
-    assert "0.4 ms per all-reduce" in place_demo(members, links=found)[1]
+    links = {(0, 1): Link(50e-6, GB), (0, 2): Link(300e-6, 2 * GB), (1, 2): Link(40e-6, GB / 10)}
+    text = describe_links(members, links)
+    assert text == "links: latency at most 300 us (a to c), bandwidth at least 0.10 GB/s"
+    assert "0.4 ms per all-reduce" in place_demo(members, links=links)[1]
 
 
 def test_links_are_probed_and_strangers_are_not_answered():

@@ -41,24 +41,24 @@ def logits(model, _=None) -> np.ndarray:
     return np.array(model(IDS, cache=cache))
 
 
-def difference(got, want) -> float:
-    return float(np.abs(got - want).max() / np.abs(want).max())
+def difference(got, expected) -> float:
+    return float(np.abs(got - expected).max() / np.abs(expected).max())
 
 
 @pytest.mark.parametrize("family", LAYOUTS)
 def test_a_published_layout_is_the_model_that_mlx_vlm_makes_of_it(family, tmp_path):
     synth(tmp_path / "converted", family=family, dtype="float32")
     folder = publish(tmp_path / "converted", tmp_path / "published", LAYOUTS[family])
-    want = logits(load_own_model(folder)[0])
+    expected = logits(load_own_model(folder)[0])
     # Floats are published without factors of single experts, or without the bias of routers.
     if family not in ("inkling", "mistral_large3"):
-        assert difference(logits(load_own_model(tmp_path / "converted")[0]), want) < 1e-4
+        assert difference(logits(load_own_model(tmp_path / "converted")[0]), expected) < 1e-4
     checkpoint = Checkpoint.open(folder)
     spec = read_model_spec(checkpoint)
     layout = ModelLayout.read(checkpoint)
     for nodes, placement in ((1, "whole"), (3, "whole"), (2, "sliced")):
         got = run_ranks(folder, nodes, logits, placement=placement)
-        assert difference(got[0], want) < 1e-4, (nodes, placement)
+        assert difference(got[0], expected) < 1e-4, (nodes, placement)
         plan = getattr(Plan, placement)(spec, nodes)
         for rank in range(nodes):
             ranges = required_ranges(slices_for(plan, rank, layout)).values()
@@ -111,16 +111,16 @@ def test_mistrals_own_files_are_read(tmp_path):
     params["vision_encoder"] |= {"image_token_id": 10, "spatial_merge_size": 2}
     params["vision_encoder"] |= {"adapter_bias": False}
     (folder / "config.json").write_text(json.dumps(config_from_params(params)))
-    want = run_ranks(folder, 1, logits)[0]
+    expected = run_ranks(folder, 1, logits)[0]
     (folder / "config.json").unlink()
     (folder / "params.json").write_text(json.dumps(params))
     weights = folder / "consolidated-00001-of-00001.safetensors"
     (folder / "model.safetensors").rename(weights)
-    assert difference(run_ranks(folder, 2, logits)[0], want) < 1e-4
+    assert difference(run_ranks(folder, 2, logits)[0], expected) < 1e-4
     names = Checkpoint.open(folder).tensors
     index = {"weight_map": dict.fromkeys(names, weights.name)}
     (folder / "consolidated.safetensors.index.json").write_text(json.dumps(index))
-    assert difference(run_ranks(folder, 2, logits, placement="sliced")[0], want) < 1e-4
+    assert difference(run_ranks(folder, 2, logits, placement="sliced")[0], expected) < 1e-4
     digest = checkpoint_digest(folder)
     (folder / "params.json").write_text(json.dumps(params | {"rope_theta": 2.0}))
     assert checkpoint_digest(folder) != digest
@@ -143,7 +143,7 @@ def test_a_published_format_is_the_model_of_its_decoded_weights(family, tmp_path
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = QUANTIZATION_CONFIGS[family]
     (folder / "config.json").write_text(json.dumps(config))
-    want = run_ranks(folder / "dense", 1, logits)[0]
+    expected = run_ranks(folder / "dense", 1, logits)[0]
     for nodes, placement in ((1, "whole"), (3, "whole"), (2, "sliced")):
         got = run_ranks(folder, nodes, logits, placement=placement)
-        assert difference(got[0], want) < 1e-4, (nodes, placement)
+        assert difference(got[0], expected) < 1e-4, (nodes, placement)

@@ -113,8 +113,10 @@ def test_no_family_ignores_a_scaling(number):
         # mistral4's and mellum's own classes need more settings than these.
         assert "rop" in str(error) or "scaling" in str(error) or "attention" in str(error)  # noqa: PT017
         return
-    want, got = plain(IDS), scaled(IDS)
-    apart = mx.abs(got - want).astype(mx.float32).max() / mx.abs(want).astype(mx.float32).max()
+    expected, got = plain(IDS), scaled(IDS)
+    apart = (
+        mx.abs(got - expected).astype(mx.float32).max() / mx.abs(expected).astype(mx.float32).max()
+    )
     is_same = apart.item() < 1e-6
     assert is_same == (family in rotary._WITHOUT_POSITIONS)
 

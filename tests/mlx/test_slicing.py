@@ -64,11 +64,11 @@ def test_a_piece_is_what_the_file_holds(tmp_path, dtype, shape, wanted, axis, ra
     values = np.random.default_rng(1).integers(0, 250, shape)
     tensor = saved(tmp_path, mx.array(values).astype(dtype))
     got = read_piece(piece(tensor, shape, wanted, axis, ranges))
-    want = values[wanted]
+    expected = values[wanted]
     if axis:
-        want = np.concatenate([want.take(range(a, b), axis) for a, b in ranges], axis)
+        expected = np.concatenate([expected.take(range(a, b), axis) for a, b in ranges], axis)
     assert got.dtype == dtype
-    assert mx.array_equal(got, mx.array(want).astype(dtype))
+    assert mx.array_equal(got, mx.array(expected).astype(dtype))
 
 
 @pytest.mark.skipif(not IO.exists(), reason="needs Linux's /proc")
@@ -294,7 +294,7 @@ def test_sharded_trunk(name, nodes):
     plan = Plan.sliced(spec, nodes, range(1, nodes + 1) if nodes < 4 else None, trunk="sharded")
     few, many = mx.array([[3, 1, 4, 1, 5]]), mx.arange(MAX_VERIFIED_POSITIONS + 1)[None]
     whole = load_rank(folder, Plan.whole(spec, 1), SingleRank())
-    want = [whole(few), whole(many)[:, -1:]]
+    expected = [whole(few), whole(many)[:, -1:]]
 
     def run(collective):
         model = load_rank(folder, plan, collective)
@@ -304,7 +304,7 @@ def test_sharded_trunk(name, nodes):
         return [*got, model(many)], held, calls
 
     for rank, (got, held, calls) in enumerate(in_threads(nodes, run)):
-        for have, must in zip(got, want, strict=True):
+        for have, must in zip(got, expected, strict=True):
             assert have.shape == must.shape
             assert mx.abs(have - must).max() <= 1e-5 * mx.abs(must).max()
         assert held == plan.bytes_of(rank)["total"]
@@ -360,7 +360,7 @@ def test_uneven_slices(tmp_path, family, options, nodes, shares, trunk, kernels)
     spec = read_model_spec(Checkpoint.open(folder))
     tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
     alone = load_rank(folder, Plan.whole(spec, 1), SingleRank(), kernels=kernels)
-    want = alone(tokens)[:, -1:]
+    expected = alone(tokens)[:, -1:]
     plan = Plan.sliced(spec, nodes, shares, trunk=trunk)
 
     def run(collective):
@@ -371,4 +371,4 @@ def test_uneven_slices(tmp_path, family, options, nodes, shares, trunk, kernels)
     tolerance = 1e-3 if kernels == "native" and options else 1e-5  # 16 bits, in other groups
     for got in results:
         assert (got == results[0]).all()
-        assert abs(got - np.array(want)).max() <= tolerance * mx.abs(want).max().item()
+        assert abs(got - np.array(expected)).max() <= tolerance * mx.abs(expected).max().item()

@@ -98,20 +98,20 @@ class Recorder:
     """A batch, a timer and a collective in one, that notes what it is told."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.laps: list[str] = []
 
     traffic = Traffic()
 
     def decode(self):
-        self.told.append("decode")
+        self.laps.append("decode")
         return [TokenEvent("a", 1)]
 
     def stop(self):
-        self.told.append("stop")
+        self.laps.append("stop")
         return {"laps_s": {}}
 
     def __getattr__(self, name):
-        return lambda *_: self.told.append(name)
+        return lambda *_: self.laps.append(name)
 
 
 def test_a_measured_step_is_timed_from_when_all_before_it_is_computed(monkeypatch):
@@ -119,7 +119,7 @@ def test_a_measured_step_is_timed_from_when_all_before_it_is_computed(monkeypatc
     monkeypatch.setattr(engine, "make_batch", lambda *_: recorder)
     it = engine.Engine(None, recorder, recorder, options.EngineOptions())
     it.step(Step(0, measured=True))
-    assert recorder.told == [
+    assert recorder.laps == [
         "synchronize",
         "start",
         "decode",
@@ -127,9 +127,9 @@ def test_a_measured_step_is_timed_from_when_all_before_it_is_computed(monkeypatc
         "synchronize",
         "stop",
     ]
-    recorder.told.clear()
+    recorder.laps.clear()
     it.step(Step(1))
-    assert recorder.told == ["decode", "raise_if_failed"]
+    assert recorder.laps == ["decode", "raise_if_failed"]
 
 
 class Lost(Recorder):

@@ -126,11 +126,11 @@ def make_attention(**changed):
         for rows, width in ((128, 64), (64, 64), (64, 64), (64, 128))
     )
     norm = mx.random.normal((WIDTH,))
-    given = dict(q=q, k=k, v=v, width=WIDTH, q_norm=norm, k_norm=None, q_eps=1e-6, k_eps=0.0)
-    given |= dict(dims=WIDTH, traditional=False, base=1e4, scale=1.0)
-    projected = partial(native.extension().qkv, **given)
-    given |= dict(attention_scale=WIDTH**-0.5, output=None)
-    attention = native.extension().StreamAttention(**(given | changed))
+    arguments = dict(q=q, k=k, v=v, width=WIDTH, q_norm=norm, k_norm=None, q_eps=1e-6, k_eps=0.0)
+    arguments |= dict(dims=WIDTH, traditional=False, base=1e4, scale=1.0)
+    projected = partial(native.extension().qkv, **arguments)
+    arguments |= dict(attention_scale=WIDTH**-0.5, output=None)
+    attention = native.extension().StreamAttention(**(arguments | changed))
     return projected, attention, o
 
 
@@ -172,18 +172,18 @@ def test_attention_of_streams_is_that_of_each(dtype):
 )
 def test_caches_that_do_not_fit_are_an_error(changed, words):
     attention, buffer = make_attention()[1], mx.zeros((1, KV_HEADS, 256, WIDTH))
-    given = dict(x=mx.zeros((1, 1, 64)), keys=[buffer], values=[buffer], offsets=[1], owned=[0])
+    arguments = dict(x=mx.zeros((1, 1, 64)), keys=[buffer], values=[buffer], offsets=[1], owned=[0])
     with pytest.raises(ValueError, match=words):
-        attention(**(given | changed))
+        attention(**(arguments | changed))
 
 
 def test_an_output_projection_is_that_of_the_attention():
     _, plain, output = make_attention()
     _, attention, _ = make_attention(output=output)
     x, buffer = mx.random.normal((1, 1, 64)), mx.random.normal((1, KV_HEADS, 256, WIDTH))
-    given = [buffer], [buffer], [9], [False]
-    want = native.extension().linear(plain(x, *given)[0], output)
-    assert mx.array_equal(attention(x, *given)[0], want)
+    arguments = [buffer], [buffer], [9], [False]
+    expected = native.extension().linear(plain(x, *arguments)[0], output)
+    assert mx.array_equal(attention(x, *arguments)[0], expected)
     with pytest.raises(ValueError, match="do not fit"):
         make_attention(output=plain_weights())
 

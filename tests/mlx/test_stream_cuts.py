@@ -22,8 +22,8 @@ TOOLS = [
 def deepseek(form: str) -> tuple[str, str]:
     written = form.format("{{ c.function.name }}", "{{ '' + c.function.arguments }}")
     call = form.format("weather", '{"place": "Oslo"}') + "<｜tool▁call▁end｜>"
-    said = f"<｜tool▁calls▁begin｜>{call}{call}<｜tool▁calls▁end｜>"
-    return DEEPSEEK.replace("CALL", written), said
+    output = f"<｜tool▁calls▁begin｜>{call}{call}<｜tool▁calls▁end｜>"
+    return DEEPSEEK.replace("CALL", written), output
 
 
 THOUGHT = "<think>\nHm é🙂.\n</think>\n\n"
@@ -39,9 +39,9 @@ FORMATS = {
         name: (
             f"{{# {mark} #}}{{{{ tools }}}}",
             XTML if name == "kimi_k3" else (),
-            (said, f"I look é🙂.\n{said}"),
+            (output, f"I look é🙂.\n{output}"),
         )
-        for name, (mark, said) in SCRIPTS.items()
+        for name, (mark, output) in SCRIPTS.items()
     },
     "json_tools": (
         TEMPLATE,

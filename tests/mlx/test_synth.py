@@ -92,14 +92,17 @@ def test_every_family_loads_and_its_logits_are_well_spread(family, tmp_path):
 def test_quantized(family, options, tmp_path):
     synth(tmp_path, family=family, **options)
     model, config = load_model(tmp_path)
-    told = config["quantization"]
-    assert told["bits"] == options.get("quantize", 4)
-    assert told["mode"] == options.get("mode", "affine")
+    quantization = config["quantization"]
+    assert quantization["bits"] == options.get("quantize", 4)
+    assert quantization["mode"] == options.get("mode", "affine")
     assert np.isfinite(logits_of(model)).all()
     for module in model.modules():
         if not isinstance(module, QuantizedSwitchLinear):
             continue
-        assert (module.bits, module.group_size) == (told["bits"], told["group_size"])
+        assert (module.bits, module.group_size) == (
+            quantization["bits"],
+            quantization["group_size"],
+        )
         weight = mx.dequantize(
             module.weight,
             module.scales,
@@ -151,9 +154,9 @@ def test_shards(tmp_path):
     assert one.keys() == many.keys() == index["weight_map"].keys()
     assert all(mx.array_equal(one[n], many[n]) for n in one)
     for name in names:
-        here = mx.load(str(tmp_path / "parts" / name))
-        assert {n for n, file in index["weight_map"].items() if file == name} == here.keys()
-        assert len(here) == 1 or sum(v.nbytes for v in here.values()) <= limit
+        local = mx.load(str(tmp_path / "parts" / name))
+        assert {n for n, file in index["weight_map"].items() if file == name} == local.keys()
+        assert len(local) == 1 or sum(v.nbytes for v in local.values()) <= limit
     load_model(tmp_path / "parts")
 
 
@@ -167,11 +170,11 @@ def test_fewer_layers(family, tmp_path):
         except InputError:
             assert layers < total
             continue
-        model, told = load_own_model(tmp_path)
-        assert made.layers == len(model.layers) == layer_count(told) == layers
-        assert "layer_types" not in text_config(told) or len(text_config(told)["layer_types"]) == (
-            layers
-        )
+        model, made_config = load_own_model(tmp_path)
+        assert made.layers == len(model.layers) == layer_count(made_config) == layers
+        assert "layer_types" not in text_config(made_config) or len(
+            text_config(made_config)["layer_types"]
+        ) == (layers)
         cache = make_prompt_cache(model)
         for tokens in (PROMPT, PROMPT[:, :1]):
             assert mx.all(mx.isfinite(model(tokens, cache=cache)))

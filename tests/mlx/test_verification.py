@@ -152,13 +152,13 @@ def test_prompts_are_the_same_always_and_fit():
 
 
 TOP = ({7: -0.1, 8: -2.5}, {3: -0.5, 4: -0.505}, {5: -1.0})
-GIVEN = Answer((7, 3, 5), TOP)
+EXPECTED = Answer((7, 3, 5), TOP)
 
 
 @pytest.mark.parametrize(
-    ("got", "said"),
+    ("got", "message"),
     [
-        (GIVEN, ""),
+        (EXPECTED, ""),
         (Answer((7, 3, 5), ({7: -0.11, 8: -2.49, 9: -9.0}, *TOP[1:])), ""),
         (Answer((7, 3, 5), ({7: -0.13, 8: -2.5}, *TOP[1:])), "id 7 was -0.100, is -0.130"),
         (Answer((7, 3, 5), (*TOP[:2], {5: math.nan})), "token 2 the log-probability of id 5"),
@@ -168,19 +168,21 @@ GIVEN = Answer((7, 3, 5), TOP)
         (Answer((7, 3), TOP[:2]), "the answer had 3 tokens, now 2"),
     ],
 )
-def test_answers_may_differ_by_rounding_and_no_more(got, said):
+def test_answers_may_differ_by_rounding_and_no_more(got, message):
     assert Answer.from_json(json.loads(json.dumps(got.to_json()))).tokens == got.tokens
-    found = describe_difference(GIVEN, got, verification.FULL_PRECISION)
-    assert said in found
-    assert bool(said) == bool(found)
+    found = describe_difference(EXPECTED, got, verification.FULL_PRECISION)
+    assert message in found
+    assert bool(message) == bool(found)
 
 
 def test_in_few_bits_one_may_differ_by_much_but_not_most():
     far = Answer((7, 3, 5), ({7: -0.1, 8: -1.5}, *TOP[1:]))
-    assert describe_difference(GIVEN, far, verification.FULL_PRECISION)
-    assert not describe_difference(GIVEN, far, verification.REDUCED_PRECISION)
-    assert logprob_distance([GIVEN] * 20, [GIVEN] * 19 + [far]) == 0
-    assert logprob_distance([GIVEN] * 20, [far] * 20) == 1 > verification.REDUCED_PRECISION.typical
+    assert describe_difference(EXPECTED, far, verification.FULL_PRECISION)
+    assert not describe_difference(EXPECTED, far, verification.REDUCED_PRECISION)
+    assert logprob_distance([EXPECTED] * 20, [EXPECTED] * 19 + [far]) == 0
+    assert (
+        logprob_distance([EXPECTED] * 20, [far] * 20) == 1 > verification.REDUCED_PRECISION.typical
+    )
     assert logprob_distance([], []) == math.inf, "nothing to compare is no agreement"
 
 
@@ -198,7 +200,7 @@ GOOD = {(0, 1): Link(50e-6, 1.1e9), (0, 2): Link(60e-6, 1e9), (1, 2): Link(55e-6
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({}, None),
         ({(0, 1): Link(120e-6, 0.5e9)}, None),
@@ -208,10 +210,10 @@ GOOD = {(0, 1): Link(50e-6, 1.1e9), (0, 2): Link(60e-6, 1e9), (1, 2): Link(55e-6
         ({(1, 2): Link(600e-6, 1e9)}, "b and c takes 600 us one way, and took 55"),
     ],
 )
-def test_links_that_are_not_what_they_were(changed, said):
+def test_links_that_are_not_what_they_were(changed, message):
     bad = find_bad_links("abc", {**GOOD, **changed}, GOOD)
-    assert ([] if said is None else list(changed)) == list(bad)
-    assert said is None or said in bad[next(iter(changed))]
+    assert ([] if message is None else list(changed)) == list(bad)
+    assert message is None or message in bad[next(iter(changed))]
 
 
 def test_a_link_is_compared_with_the_others_where_nothing_is_known():
@@ -230,7 +232,7 @@ def formed(link):
 def test_a_bad_cable_is_found_before_anything_is_loaded(tmp_path):
     checkpoint = Checkpoint.open(DEMO)
     plan = Plan.whole(read_model_spec(checkpoint), 2)
-    slow, said = Link(50e-6, 10e6), []
+    slow, messages = Link(50e-6, 10e6), []
 
     def no() -> ReferenceAnswers:
         raise AssertionError("nothing is to be loaded")
@@ -241,36 +243,36 @@ def test_a_bad_cable_is_found_before_anything_is_loaded(tmp_path):
         tried.append(1)
         return {(0, 1): slow}
 
-    test = Verification(tmp_path, False, said.append)
+    test = Verification(tmp_path, False, messages.append)
     with pytest.raises(ClusterError, match=r"between a and b carries 10 MB/s.*--no-verify"):
         test.prepare(checkpoint, plan, {}, no, formed(slow), measure)
     assert len(tried) == 2, "it is measured again before it is believed"
     # Another time somebody else had used it.
-    seen = ReferenceAnswers((), (), (), 0.0)
+    nothing = ReferenceAnswers((), (), (), 0.0)
     quick = {(0, 1): Link(50e-6, 1e9)}
-    assert test.prepare(checkpoint, plan, {}, lambda: seen, formed(slow), lambda: quick)
+    assert test.prepare(checkpoint, plan, {}, lambda: nothing, formed(slow), lambda: quick)
     # What has passed before is not kept from serving, but said.
     record = {"format": verification.RECORD_FORMAT, "passed": [test._key]}
     (tmp_path / test._record_name).write_text(json.dumps(record))
-    said.clear()
+    messages.clear()
     assert not test.prepare(checkpoint, plan, {}, no, formed(slow), measure)
-    assert "carries 10 MB/s" in said[0]
+    assert "carries 10 MB/s" in messages[0]
     # Another plan has not passed.
     assert test.prepare(
-        checkpoint, Plan.sliced(plan.spec, 2), {}, lambda: seen, formed(quick[0, 1])
+        checkpoint, Plan.sliced(plan.spec, 2), {}, lambda: nothing, formed(quick[0, 1])
     )
 
 
 def test_where_the_whole_does_not_fit_there_is_nothing_to_compare_with(tmp_path):
     checkpoint = Checkpoint.open(DEMO)
-    said = []
+    messages = []
 
     def no() -> ReferenceAnswers:
         raise PlanError("rank 0 needs too much")
 
-    test = Verification(tmp_path, True, said.append)
+    test = Verification(tmp_path, True, messages.append)
     assert test.prepare(checkpoint, Plan.whole(read_model_spec(checkpoint), 2), {}, no)
-    assert "nothing to compare with yet: the model does not fit" in said[-1]
+    assert "nothing to compare with yet: the model does not fit" in messages[-1]
 
 
 def test_every_option_that_changes_answers_is_part_of_what_passed(tmp_path):

@@ -47,19 +47,19 @@ def picture(seed: int, width: int, height: int) -> "Image.Image":
     return Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC)
 
 
-WIDE, TALL, OTHER = picture(1, 90, 50), picture(2, 33, 120), picture(3, 90, 50)
+WIDE, TALL, WIDE_B = picture(1, 90, 50), picture(2, 33, 120), picture(3, 90, 50)
 CHATS: dict[str, list[Part]] = {
     "one": ["Look ", WIDE, " well?"],
-    "other of one size": ["Look ", OTHER, " well?"],
+    "other of one size": ["Look ", WIDE_B, " well?"],
     "two": [WIDE, "and a longer text between these two, then ", TALL, "?"],
     "first": [TALL, "!"],
     "text": ["There is nothing to be seen here, only words and words and words."],
-    "three": ["a", OTHER, WIDE, OTHER, "b"],
+    "three": ["a", WIDE_B, WIDE, WIDE_B, "b"],
 }
 
 
 @dataclass
-class Sees:
+class VisionCase:
     """A checkpoint, and what mlx-vlm answers."""
 
     folder: Path
@@ -124,21 +124,21 @@ def ask_mlx_vlm(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str,
 
 
 @pytest.fixture(scope="module", params=IMAGE_FAMILIES)
-def sees(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Sees:
+def case(request: Any, tmp_path_factory: pytest.TempPathFactory) -> VisionCase:
     folder = tmp_path_factory.mktemp("model") / request.param
     synth(folder, family=request.param, images=True)
     checkpoint = Checkpoint.open(folder)
     settings = ImageSettings.read(folder, checkpoint.config, request.param)
     assert settings is not None
-    return Sees(folder, settings, *ask_mlx_vlm(folder))
+    return VisionCase(folder, settings, *ask_mlx_vlm(folder))
 
 
-def make_engine(sees: Sees, kernels: str, **options: Any) -> Engine:
-    checkpoint = Checkpoint.open(sees.folder)
+def make_engine(case: VisionCase, kernels: str, **options: Any) -> Engine:
+    checkpoint = Checkpoint.open(case.folder)
     plan = Plan.whole(read_model_spec(checkpoint, images=True), 1)
     collective = SingleRank()
-    model = load_rank(sees.folder, plan, collective, kernels=kernels)
-    embedder = ImageEmbedder.of(checkpoint, sees.settings, has_tower=True, kernels=kernels)
+    model = load_rank(case.folder, plan, collective, kernels=kernels)
+    embedder = ImageEmbedder.of(checkpoint, case.settings, has_tower=True, kernels=kernels)
     family = plan.spec.family
     image_model = ImageModel(model, family, checkpoint.config, embedder.depth)
     return Engine(
@@ -185,80 +185,80 @@ def tokens_of(events: list[TokenEvent]) -> list[int]:
 
 
 @pytest.fixture(scope="module", params=["mlx", "auto"])
-def engine(sees: Sees, request: Any) -> Iterator[Engine]:
-    engine = make_engine(sees, request.param, speculative="always")
+def engine(case: VisionCase, request: Any) -> Iterator[Engine]:
+    engine = make_engine(case, request.param, speculative="always")
     yield engine
     engine.close()
 
 
 @pytest.mark.parametrize("chunk", [512, 17])
-def test_all_together_as_mlx_vlm_one_by_one(sees: Sees, engine: Engine, chunk: int) -> None:
+def test_all_together_as_mlx_vlm_one_by_one(case: VisionCase, engine: Engine, chunk: int) -> None:
     scheduler = make_scheduler(engine, chunk)
     scheduler._step_number = engine._next_step
     scheduler.bypass_cache = True
-    requests = [sees.request(f"{chunk} {name}", name) for name in CHATS]
+    requests = [case.request(f"{chunk} {name}", name) for name in CHATS]
 
     def later(number: int) -> Sequence[Request]:  # they join and leave at different times
         return requests[2 * number : 2 * number + 2]
 
     events = run(engine, scheduler, later)
     got = {name: tokens_of(events[f"{chunk} {name}"]) for name in CHATS}
-    assert got == sees.expected
+    assert got == case.expected
     for name in CHATS:
         logprobs = [event.logprob for event in events[f"{chunk} {name}"]]
-        assert np.abs(np.array(logprobs) - sees.logprobs[name]).max() < 1e-3, name
+        assert np.abs(np.array(logprobs) - case.logprobs[name]).max() < 1e-3, name
     assert not engine._vision._pixels  # type: ignore[union-attr]
 
 
-def test_one_after_the_other_from_the_cache(sees: Sees, engine: Engine) -> None:
+def test_one_after_the_other_from_the_cache(case: VisionCase, engine: Engine) -> None:
     """Each twice; alone, so that drafts are verified where the family can."""
     scheduler = make_scheduler(engine)
     scheduler._step_number = engine._next_step
     for name in CHATS:
         for time in ("first", "second"):
-            scheduler.submit(sees.request(f"{time} {name}", name))
+            scheduler.submit(case.request(f"{time} {name}", name))
             events = run(engine, scheduler)[f"{time} {name}"]
-            assert tokens_of(events) == sees.expected[name], (time, name)
+            assert tokens_of(events) == case.expected[name], (time, name)
         if not scheduler.footprint.needs_checkpoints:  # of short prompts there are none
-            assert events[0].cached_tokens > len(sees.tokens[name]) - 3
+            assert events[0].cached_tokens > len(case.tokens[name]) - 3
     # The next turn continues behind an image that is not embedded again.
-    first = sees.request("turn", "two")
-    output = tuple(sees.expected["two"])
+    first = case.request("turn", "two")
+    output = tuple(case.expected["two"])
     scheduler.submit(replace(first, tokens=(*first.tokens, *output, 65, 66), id="next"))
     (event, *_) = run(engine, scheduler)["next"]
     assert event.cached_tokens >= len(first.tokens) + len(output) - 1
 
 
-def test_a_request_that_is_resumed_in_the_middle(sees: Sees, engine: Engine) -> None:
+def test_a_request_that_is_resumed_in_the_middle(case: VisionCase, engine: Engine) -> None:
     scheduler = make_scheduler(engine)
     scheduler._step_number = engine._next_step
     scheduler.bypass_cache = True
-    expected = sees.expected["two"]
-    scheduler.submit(replace(sees.request("resumed", "two").resumed_with(expected[:4])))
+    expected = case.expected["two"]
+    scheduler.submit(replace(case.request("resumed", "two").resumed_with(expected[:4])))
     assert tokens_of(run(engine, scheduler)["resumed"]) == expected[4:]
 
 
-def test_drafts_were_accepted_behind_images(sees: Sees) -> None:
-    engine = make_engine(sees, "mlx", speculative="always")
+def test_drafts_were_accepted_behind_images(case: VisionCase) -> None:
+    engine = make_engine(case, "mlx", speculative="always")
     if engine._batch._decoder is None:  # type: ignore[attr-defined]
         pytest.skip("this family's caches cannot be trimmed")
 
     again = Sampling(seed=1, logit_bias={65: 100.0})
     scheduler = make_scheduler(engine)
-    scheduler.submit(replace(sees.request("a", "one", sampling=again), max_tokens=40))
+    scheduler.submit(replace(case.request("a", "one", sampling=again), max_tokens=40))
     assert tokens_of(run(engine, scheduler)["a"]) == [65] * 40
     assert engine.take_draft_stats().accepted > 10
     engine.close()
 
 
-def test_the_cache_of_another_image_would_answer_otherwise(sees: Sees) -> None:
+def test_the_cache_of_another_image_would_answer_otherwise(case: VisionCase) -> None:
     """Else the tests above could not fail."""
-    assert sees.expected["one"] != sees.expected["other of one size"]
-    assert len(sees.tokens["one"]) == len(sees.tokens["other of one size"])
+    assert case.expected["one"] != case.expected["other of one size"]
+    assert len(case.tokens["one"]) == len(case.tokens["other of one size"])
 
 
-def test_only_rank_0_reads_and_counts_the_tower(sees: Sees) -> None:
-    checkpoint = Checkpoint.open(sees.folder)
+def test_only_rank_0_reads_and_counts_the_tower(case: VisionCase) -> None:
+    checkpoint = Checkpoint.open(case.folder)
     text, spec = read_model_spec(checkpoint), read_model_spec(checkpoint, images=True)
     stored = sum(t.stop - t.start for t in checkpoint.vision_tensors.values())
     assert (text.tower_bytes, spec.tower_bytes) == (0, stored)
@@ -283,11 +283,13 @@ def test_a_checkpoint_without_a_tower(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("prefix", ["model.visual.", "vision_tower.", "visual."])
 @pytest.mark.parametrize("form", ["torch", "bfloat16", "quantized"])
-def test_a_tower_as_it_is_published(sees: Sees, tmp_path: Path, prefix: str, form: str) -> None:
+def test_a_tower_as_it_is_published(
+    case: VisionCase, tmp_path: Path, prefix: str, form: str
+) -> None:
     """With torch's order of axes and its names, in 16 bits, or quantized by mlx-vlm."""
-    checkpoint = Checkpoint.open(sees.folder)
-    plain = vision.load_tower(checkpoint, sees.settings, "mlx")
-    image = sees.request("a", "one").images[0]
+    checkpoint = Checkpoint.open(case.folder)
+    plain = vision.load_tower(checkpoint, case.settings, "mlx")
+    image = case.request("a", "one").images[0]
     depth = len(checkpoint.config["vision_config"].get("deepstack_visual_indexes", ()))
     weights = dict(tree_flatten(plain.parameters()))
     if form == "torch":
@@ -306,27 +308,27 @@ def test_a_tower_as_it_is_published(sees: Sees, tmp_path: Path, prefix: str, for
     published = replace(
         checkpoint, folder=tmp_path, tensors={t.name: t for t in _read_header(file)}
     )
-    tower = vision.load_tower(published, sees.settings)
+    tower = vision.load_tower(published, case.settings)
     size = sum(a.nbytes for _, a in tree_flatten(tower.parameters()))
     assert vision.tower_bytes(published) == size
     width = 64
-    want = np.array(ImageEmbedder(sees.settings, width, depth, plain).embed(image))
-    got = np.array(ImageEmbedder(sees.settings, width, depth, tower).embed(image))
+    expected = np.array(ImageEmbedder(case.settings, width, depth, plain).embed(image))
+    got = np.array(ImageEmbedder(case.settings, width, depth, tower).embed(image))
     most = {"torch": 1e-4, "bfloat16": 0.05, "quantized": 0.05}[form]
-    assert np.abs(got - want).max() <= most * np.abs(want).max()
+    assert np.abs(got - expected).max() <= most * np.abs(expected).max()
 
 
-def test_a_tower_that_does_not_fit_is_named(sees: Sees) -> None:
-    checkpoint = Checkpoint.open(sees.folder)
+def test_a_tower_that_does_not_fit_is_named(case: VisionCase) -> None:
+    checkpoint = Checkpoint.open(case.folder)
     wider = {**checkpoint.config["vision_config"], "intermediate_size": 96}
     changed = replace(checkpoint, config={**checkpoint.config, "vision_config": wider})
     with pytest.raises(CheckpointError, match="vision tower do not fit"):
-        vision.load_tower(changed, sees.settings)
+        vision.load_tower(changed, case.settings)
 
 
-def test_attention_of_a_tower_in_blocks(sees: Sees, monkeypatch: pytest.MonkeyPatch) -> None:
-    embedder = ImageEmbedder.of(Checkpoint.open(sees.folder), sees.settings, has_tower=True)
-    image = sees.request("a", "one").images[0]
+def test_attention_of_a_tower_in_blocks(case: VisionCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedder = ImageEmbedder.of(Checkpoint.open(case.folder), case.settings, has_tower=True)
+    image = case.request("a", "one").images[0]
     whole = np.array(embedder.embed(image))
     monkeypatch.setattr(vision, "SCORES_BYTES", 4 * 2 * 72 * 7)  # 7 of 72 patches
     parts = np.array(embedder.embed(image))
@@ -341,11 +343,11 @@ def test_attention_of_a_tower_in_blocks(sees: Sees, monkeypatch: pytest.MonkeyPa
     "members",
     ['{"size": {"shortest_edge": 0}, "max_pixels": 1}', '{"image_std": [1, 0, 1]}', "[]", "{"],
 )
-def test_settings_that_make_no_sense(sees: Sees, tmp_path: Path, members: str) -> None:
+def test_settings_that_make_no_sense(case: VisionCase, tmp_path: Path, members: str) -> None:
     (tmp_path / "preprocessor_config.json").write_text(members)
-    config = Checkpoint.open(sees.folder).config
+    config = Checkpoint.open(case.folder).config
     with pytest.raises(CheckpointError, match=r"preprocessor_config\.json"):
-        ImageSettings.read(tmp_path, config, sees.settings.family)
+        ImageSettings.read(tmp_path, config, case.settings.family)
 
 
 @pytest.mark.parametrize(

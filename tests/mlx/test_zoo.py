@@ -96,7 +96,7 @@ def test_towers_are_left_alone_and_named_once(family, tmp_path, caplog):
     """Of either package: they are not read, and the language model answers as without them."""
     synth(tmp_path, family=family)
     ids = mx.array([[5, 9, 2, 77, 1]])
-    want = load_whole(tmp_path)(ids)
+    expected = load_whole(tmp_path)(ids)
     weights = mx.load(str(tmp_path / "model.safetensors"))
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     for name, shape in TOWERS.items():
@@ -109,16 +109,16 @@ def test_towers_are_left_alone_and_named_once(family, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         spec = read_model_spec(checkpoint)
         read_model_spec(checkpoint)
-    said = [r.getMessage() for r in caplog.records if "left alone" in r.getMessage()]
-    assert len(said) == 1
-    assert f"{len(TOWERS)} tensors" in said[0]
+    messages = [r.getMessage() for r in caplog.records if "left alone" in r.getMessage()]
+    assert len(messages) == 1
+    assert f"{len(TOWERS)} tensors" in messages[0]
     slices = slices_for(Plan.whole(spec, 1), 0, ModelLayout.read(checkpoint))
     assert not {piece.tensor.name for piece in slices.tensors} & set(TOWERS)
     read = sum(
         stop - start for ranges in required_ranges(slices).values() for start, stop in ranges
     )
     assert read == checkpoint.nbytes() - sum(4 * int(np.prod(s)) for s in TOWERS.values())
-    assert mx.array_equal(load_whole(tmp_path)(ids), want)
+    assert mx.array_equal(load_whole(tmp_path)(ids), expected)
 
 
 def publish_ernie(folder):
@@ -145,10 +145,10 @@ def test_experts_of_images_are_neither_read_nor_needed(nodes, placement, tmp_pat
     """ernie4_5_moe_vl has experts for text and for images, in one list."""
     synth(tmp_path, family="ernie4_5_moe_vl")
     ids = mx.array([[5, 9, 2, 77, 1]])
-    want = load_whole(tmp_path)(ids)
+    expected = load_whole(tmp_path)(ids)
     publish_ernie(tmp_path)
     got = run_ranks(tmp_path, nodes, lambda model, _: np.array(model(ids)), placement=placement)
-    assert float(mx.abs(mx.array(got[0]) - want).max()) < 1e-4
+    assert float(mx.abs(mx.array(got[0]) - expected).max()) < 1e-4
     checkpoint = Checkpoint.open(tmp_path)
     plan = Plan.whole(read_model_spec(checkpoint), 1)
     names = {p.tensor.name for p in slices_for(plan, 0, ModelLayout.read(checkpoint)).tensors}
@@ -164,9 +164,9 @@ def test_factors_of_single_experts_become_part_of_their_matrices(tmp_path):
     assert scales
     assert all(float(mx.abs(v - 1).max()) > 0.01 for v in scales)
     ids = mx.array([[5, 9, 2, 77, 1]])
-    want = own(ids)
+    expected = own(ids)
     got = run_ranks(tmp_path, 2, lambda model, _: np.array(model(ids)), placement="sliced")
-    assert float(mx.abs(mx.array(got[0]) - want).max() / mx.abs(want).max()) < 1e-4
+    assert float(mx.abs(mx.array(got[0]) - expected).max() / mx.abs(expected).max()) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["deepseek_v4", "hy_v4"])
@@ -176,10 +176,10 @@ def test_a_prompt_in_parts_gives_what_it_gives_in_one(family, chunks, tmp_path):
     synth(tmp_path, family=family)
     model = load_whole(tmp_path)
     ids = mx.array([[random.Random(64).randrange(1, 250) for _ in range(64)]])
-    want = model(ids, cache=make_prompt_cache(model))
+    expected = model(ids, cache=make_prompt_cache(model))
     cache, begin, got = make_prompt_cache(model), 0, []
     for length in chunks:
         got.append(model(ids[:, begin : begin + length], cache=cache))
         mx.eval(got[-1], [c.state for c in cache])
         begin += length
-    assert float(mx.abs(mx.concatenate(got, axis=1) - want).max()) < 1e-4
+    assert float(mx.abs(mx.concatenate(got, axis=1) - expected).max()) < 1e-4

@@ -49,16 +49,16 @@ def first(tmp_path_factory):
 
 
 def test_a_group_is_compared_with_one_node_and_what_passed_is_remembered(first):
-    folder, said = first
-    assert "first a single node" in said[1]
-    assert "passed" in said[2]
-    assert "17 prompts" in said[2]
-    assert "an all-reduce takes" in said[2]
+    folder, messages = first
+    assert "first a single node" in messages[1]
+    assert "passed" in messages[2]
+    assert "17 prompts" in messages[2]
+    assert "an all-reduce takes" in messages[2]
     assert serve(folder, 2, verify=None, placement="whole") == []
     # Another plan is compared with what that one node gave.
-    said = serve(folder, 2, verify=None, placement="sliced", trunk="sharded")
-    assert len(said) == 2
-    assert "passed" in said[1]
+    messages = serve(folder, 2, verify=None, placement="sliced", trunk="sharded")
+    assert len(messages) == 2
+    assert "passed" in messages[1]
 
 
 def test_a_byte_that_is_wrong_is_named_and_not_served(first):

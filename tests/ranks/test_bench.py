@@ -51,7 +51,7 @@ def test_bench_gives_one_object_with_everything(folder, tmp_path):
     script(tmp_path / "good" / "llama-bench", good)
     script(tmp_path / "bad" / "llama-bench", "raise SystemExit('out of luck')")
     script(tmp_path / "slow" / "llama-bench", "import time; time.sleep(60)")
-    given = [
+    arguments = [
         "--nodes",
         1,
         "--contexts",
@@ -63,7 +63,7 @@ def test_bench_gives_one_object_with_everything(folder, tmp_path):
         "--repeat",
         2,
     ]
-    given += [
+    arguments += [
         "--prompt-tokens",
         16,
         "--peer-timeout-s",
@@ -73,8 +73,8 @@ def test_bench_gives_one_object_with_everything(folder, tmp_path):
         "--json",
     ]
     for name in ("good", "bad", "slow"):
-        given += ["--peer", f"llama.cpp={tmp_path / name}"]
-    result = last_json(run("-m", folder, *given))
+        arguments += ["--peer", f"llama.cpp={tmp_path / name}"]
+    result = last_json(run("-m", folder, *arguments))
     assert [d["context"] for d in result["decode"]] == [8, 20]
     assert [p["tokens"] for p in result["prefill"]] == [16, 20]
     assert [s["requests"] for s in result["concurrency"]] == [1, 3]
@@ -97,9 +97,9 @@ def test_bench_gives_one_object_with_everything(folder, tmp_path):
 
 
 def test_bench_on_two_ranks_says_what_each_did(folder, tmp_path):
-    given = ["-n", 2, "--contexts", "8", "--concurrency", "2", "--tokens", 4, "--repeat", 1]
-    given += ["--speculative", "off", "--comm-dtype", "f32"]
-    result = last_json(run("-m", folder, *given, "--prompt-tokens", 8, "--json"))
+    arguments = ["-n", 2, "--contexts", "8", "--concurrency", "2", "--tokens", 4, "--repeat", 1]
+    arguments += ["--speculative", "off", "--comm-dtype", "f32"]
+    result = last_json(run("-m", folder, *arguments, "--prompt-tokens", 8, "--json"))
     assert result["conditions"]["options"]["speculative"] == "off"
     assert [r["rank"] for r in result["ranks"]] == [0, 1]
     for rank in result["ranks"]:
@@ -118,8 +118,8 @@ def assert_adds_up(terms):
 
 
 def test_ablation_has_every_row_at_every_latency(folder, tmp_path):
-    given = ["-m", folder, "--latencies-ms", "0.3,0", "--tokens", 3, "--repeat", 1]
-    result = last_json(run("ablation", *given, "--out", tmp_path / "out", "--json"))
+    arguments = ["-m", folder, "--latencies-ms", "0.3,0", "--tokens", 3, "--repeat", 1]
+    result = last_json(run("ablation", *arguments, "--out", tmp_path / "out", "--json"))
     names = ["naive", "P-LB", "P-LR", "P-LR-D", "ours, whole", "ours, replicated", "ours, sliced"]
     names.append("ours, sliced, trunk sharded")
     assert [(r["latency_ms"], r["row"]) for r in result["rows"]] == [
@@ -203,8 +203,19 @@ def test_each_node_has_its_cores_where_there_are_enough():
 
 def test_emulated_machines_beside_what_the_performance_model_predicts(folder):
     groups = ["1x(bandwidth=4MB/s)", "1x(bandwidth=4MB/s)+1x(bandwidth=8MB/s),link=1ms,slow=1.5"]
-    given = ["-m", folder, "--contexts", "4", "--concurrency", "2", "--tokens", 4, "--repeat", 1]
-    result = last_json(run(*given, *(f"--emulate={group}" for group in groups), "--json"))
+    arguments = [
+        "-m",
+        folder,
+        "--contexts",
+        "4",
+        "--concurrency",
+        "2",
+        "--tokens",
+        4,
+        "--repeat",
+        1,
+    ]
+    result = last_json(run(*arguments, *(f"--emulate={group}" for group in groups), "--json"))
     alone, pair = result["rows"]
     assert [row["machines"] for row in result["rows"]] == groups
     assert (alone["ratio"], alone["predicted_ratio"]) == (1, 1)
@@ -220,6 +231,6 @@ def test_emulated_machines_beside_what_the_performance_model_predicts(folder):
 
 
 def test_emulated_machines_bring_their_own_nodes_and_links():
-    for given in ({"nodes": 2}, {"latency_s": 0.1}):
+    for arguments in ({"nodes": 2}, {"latency_s": 0.1}):
         with pytest.raises(InputError, match="emulate: expected neither --nodes nor --latency-ms"):
-            EmulationConfig(LoadOptions("model", **given), ())
+            EmulationConfig(LoadOptions("model", **arguments), ())

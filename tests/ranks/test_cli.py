@@ -65,7 +65,7 @@ def alive(pid):
 def test_generate_gives_mlx_lms_tokens_on_any_number_of_nodes(folder):
     model, tokenizer = mlx_lm_load(str(folder))
     answer = list(stream_generate(model, tokenizer, "Hello available", max_tokens=24))
-    want = [r.token for r in answer]
+    expected = [r.token for r in answer]
     for nodes in (1, 2):
         got = last_json(
             run(
@@ -73,7 +73,7 @@ def test_generate_gives_mlx_lms_tokens_on_any_number_of_nodes(folder):
                 "--max-tokens", 24, "--temp", 0, "--json",
             )
         )  # fmt: skip
-        assert got["tokens"] == want
+        assert got["tokens"] == expected
         assert got["nodes"] == nodes
         # The space that begins the answer is kept; mlx-lm's own detokenizer drops it.
         assert got["text"] == " " + "".join(r.text for r in answer)
@@ -326,9 +326,9 @@ def test_up_refuses_requests_while_nodes_are_missing_and_ends_by_ctrl_c(tmp_path
         finally:
             process.kill()
             process.wait()
-    said = log.read_text().splitlines()
-    assert said[-1] == "interrupted"
-    assert not any("Traceback" in line for line in said), said
+    lines = log.read_text().splitlines()
+    assert lines[-1] == "interrupted"
+    assert not any("Traceback" in line for line in lines), lines
 
 
 @pytest.mark.parametrize("available", [True, False])

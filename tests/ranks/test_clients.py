@@ -17,8 +17,8 @@ import pydantic
 import pytest
 from test_server import DEMO, END, Server, server
 
-ASK = "What is 12 + 30?"
-SUM: Any = [{"role": "user", "content": ASK}]
+QUESTION = "What is 12 + 30?"
+SUM: Any = [{"role": "user", "content": QUESTION}]
 MODEL = "house"
 # The demo's words, and tools and reasoning in the way that many models have them.
 TEMPLATE = (
@@ -116,25 +116,25 @@ def test_chat_and_stream_say_the_same(client: openai.OpenAI) -> None:
 def test_forced_calls(client: openai.OpenAI) -> None:
     named: Any = {"type": "function", "function": {"name": "weather"}}
     for choice in ("required", named):
-        asked: dict[str, Any] = {
+        options: dict[str, Any] = {
             "model": MODEL,
             "messages": [{"role": "user", "content": "Weather?"}],
             "tools": [CHAT_TOOL],
             "tool_choice": choice,
             "parallel_tool_calls": False,
         }
-        whole = client.chat.completions.create(**asked, temperature=0)
+        whole = client.chat.completions.create(**options, temperature=0)
         assert whole.choices[0].finish_reason == "tool_calls"
         (call,) = whole.choices[0].message.tool_calls or []
         assert call.type == "function"
         assert (call.function.name, whole.choices[0].message.content) == ("weather", None)
         check_arguments(call.function.arguments)
-        with client.chat.completions.stream(**asked, temperature=0) as stream:
+        with client.chat.completions.stream(**options, temperature=0) as stream:
             (same,) = stream.get_final_completion().choices[0].message.tool_calls or []
         assert same.function.arguments == call.function.arguments
     # The result goes back with the call.
     messages = [
-        *asked["messages"],
+        *options["messages"],
         whole.choices[0].message.model_dump(exclude_none=True),
         {"role": "tool", "tool_call_id": call.id, "content": "rain"},
         *SUM,
@@ -150,14 +150,14 @@ def test_answers_of_a_form(client: openai.OpenAI) -> None:
         model=MODEL, messages=SUM, response_format=Forecast, temperature=1, seed=4
     )
     assert isinstance(parsed.choices[0].message.parsed, Forecast)
-    seen = client.chat.completions.create(
+    formatted = client.chat.completions.create(
         model=MODEL,
         messages=SUM,
         temperature=2,
         seed=5,
         response_format={"type": "regex", "pattern": "[a-c]{3}-[0-9]{2}"},  # type: ignore
     )
-    head, _, tail = (seen.choices[0].message.content or "").partition("-")
+    head, _, tail = (formatted.choices[0].message.content or "").partition("-")
     assert set(head) <= set("abc")
     assert (len(head), len(tail), tail.isdigit()) == (3, 2, True)
     one = client.completions.create(
@@ -208,7 +208,7 @@ def test_log_probabilities(client: openai.OpenAI) -> None:
         [one.logprob for one in logs.content or []], abs=1e-3
     )
     text = client.completions.create(
-        model=MODEL, prompt=rendered(ASK), temperature=0, logprobs=2, max_tokens=2
+        model=MODEL, prompt=rendered(QUESTION), temperature=0, logprobs=2, max_tokens=2
     )
     shown = text.choices[0].logprobs
     assert shown is not None
@@ -221,22 +221,22 @@ def rendered(question: str) -> str:
 
 
 def test_seed_n_stop_and_echo(client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"model": MODEL, "messages": SUM, "temperature": 2, "max_tokens": 8}
-    asked["logit_bias"] = {str(END): -100}
-    several = client.chat.completions.create(**asked, seed=7, n=3)
+    options: dict[str, Any] = {"model": MODEL, "messages": SUM, "temperature": 2, "max_tokens": 8}
+    options["logit_bias"] = {str(END): -100}
+    several = client.chat.completions.create(**options, seed=7, n=3)
     texts = [c.message.content for c in several.choices]
     assert len(set(texts)) == 3
-    assert client.chat.completions.create(**asked, seed=7).choices[0].message.content == texts[0]
+    assert client.chat.completions.create(**options, seed=7).choices[0].message.content == texts[0]
     stopped = client.chat.completions.create(model=MODEL, messages=SUM, temperature=0, stop="2")
     assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == ("4", "stop")
     echo = client.completions.create(
-        model=MODEL, prompt=rendered(ASK), temperature=0, echo=True, max_tokens=2
+        model=MODEL, prompt=rendered(QUESTION), temperature=0, echo=True, max_tokens=2
     )
-    assert echo.choices[0].text == rendered(ASK) + "42"
+    assert echo.choices[0].text == rendered(QUESTION) + "42"
 
 
 def test_choices_in_one_stream_are_those_of_the_whole_answer(client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "model": MODEL,
         "messages": SUM,
         "n": 2,
@@ -249,9 +249,9 @@ def test_choices_in_one_stream_are_those_of_the_whole_answer(client: openai.Open
         "logit_bias": {str(END): -100},
         "extra_body": {"min_p": 0.001, "top_k": 50, "repetition_penalty": 1.1},
     }
-    whole = client.chat.completions.create(**asked)
+    whole = client.chat.completions.create(**options)
     with client.chat.completions.create(
-        **asked, stream=True, stream_options={"include_usage": True}
+        **options, stream=True, stream_options={"include_usage": True}
     ) as stream:
         *chunks, counted = stream
     assert counted.choices == []
@@ -343,36 +343,36 @@ def test_reasoning_comes_before_an_answer_of_a_form(client: openai.OpenAI) -> No
 
 
 def test_responses(client: openai.OpenAI) -> None:
-    whole = client.responses.create(model=MODEL, input=ASK, temperature=0)
+    whole = client.responses.create(model=MODEL, input=QUESTION, temperature=0)
     assert (whole.output_text, whole.status) == ("42", "completed")
-    with client.responses.stream(model=MODEL, input=ASK, temperature=0) as stream:
+    with client.responses.stream(model=MODEL, input=QUESTION, temperature=0) as stream:
         text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
         assert text == stream.get_final_response().output_text == "42"
-    told = client.responses.create(
+    short = client.responses.create(
         model=MODEL, instructions="Be brief.", input=SUM, max_output_tokens=1, temperature=0
     )
-    assert told.incomplete_details is not None
-    assert (told.status, told.incomplete_details.reason) == ("incomplete", "max_output_tokens")
-    parsed = client.responses.parse(model=MODEL, input=ASK, text_format=Forecast)
+    assert short.incomplete_details is not None
+    assert (short.status, short.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    parsed = client.responses.parse(model=MODEL, input=QUESTION, text_format=Forecast)
     assert isinstance(parsed.output_parsed, Forecast)
     with pytest.raises(openai.BadRequestError) as refused:
-        client.responses.create(model=MODEL, input=ASK, previous_response_id="resp_1")
+        client.responses.create(model=MODEL, input=QUESTION, previous_response_id="resp_1")
     assert refused.value.param == "previous_response_id"
 
 
 def test_responses_that_are_calls(client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "model": MODEL,
         "tools": [RESPONSES_TOOL],
         "tool_choice": {"type": "function", "name": "weather"},
         "temperature": 0,
     }
-    whole = client.responses.create(**asked, input="Weather?")
+    whole = client.responses.create(**options, input="Weather?")
     (call,) = whole.output
     assert call.type == "function_call"
     assert call.name == "weather"
     check_arguments(call.arguments)
-    with client.responses.stream(**asked, input="Weather?") as stream:
+    with client.responses.stream(**options, input="Weather?") as stream:
         kinds = [e.type for e in stream]
         (same,) = stream.get_final_response().output
     assert "response.function_call_arguments.done" in kinds
@@ -389,7 +389,7 @@ def test_responses_that_are_calls(client: openai.OpenAI) -> None:
 
 
 def test_events_come_in_order(client: openai.OpenAI, claude: anthropic.Anthropic) -> None:
-    with client.responses.create(model=MODEL, input=ASK, temperature=0, stream=True) as stream:
+    with client.responses.create(model=MODEL, input=QUESTION, temperature=0, stream=True) as stream:
         events = list(stream)
     assert [e.sequence_number for e in events] == list(range(len(events)))
     kinds = [e.type.removeprefix("response.") for e in events]
@@ -399,8 +399,8 @@ def test_events_come_in_order(client: openai.OpenAI, claude: anthropic.Anthropic
     assert kinds[-4:] == ends
     with claude.messages.create(
         model=MODEL, max_tokens=20, messages=SUM, extra_body=GREEDY, stream=True
-    ) as told:
-        blocks = [e.type for e in told]
+    ) as blocks_stream:
+        blocks = [e.type for e in blocks_stream]
     assert blocks[:2] == ["message_start", "content_block_start"]
     assert set(blocks[2:-3]) == {"content_block_delta"}
     assert blocks[-3:] == ["content_block_stop", "message_delta", "message_stop"]
@@ -418,8 +418,8 @@ def test_a_stream_begins_with_the_cached_tokens_that_it_ends_with(
             messages=SUM,
             extra_body=GREEDY,
             stream=True,
-        ) as told:
-            events = list(told)
+        ) as stream:
+            events = list(stream)
         start, end = (e for e in events if e.type in ("message_start", "message_delta"))
         counts = start.message.usage.input_tokens, start.message.usage.cache_read_input_tokens
         assert counts == (end.usage.input_tokens, end.usage.cache_read_input_tokens)
@@ -484,7 +484,7 @@ def test_stop_reasons(claude: anthropic.Anthropic) -> None:
 
 
 def test_tools_in_messages(claude: anthropic.Anthropic) -> None:
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "model": MODEL,
         "max_tokens": 100,
         "tools": [ANTHROPIC_TOOL],
@@ -496,12 +496,12 @@ def test_tools_in_messages(claude: anthropic.Anthropic) -> None:
         {"type": "any", "disable_parallel_tool_use": True},
         {"type": "tool", "name": "weather"},
     ):
-        whole = claude.messages.create(**asked, messages=ask, tool_choice=choice)
+        whole = claude.messages.create(**options, messages=ask, tool_choice=choice)
         (call,) = whole.content
         assert call.type == "tool_use"
         assert (call.name, whole.stop_reason) == ("weather", "tool_use")
         check_arguments(json.dumps(call.input))
-        with claude.messages.stream(**asked, messages=ask, tool_choice=choice) as stream:
+        with claude.messages.stream(**options, messages=ask, tool_choice=choice) as stream:
             (same,) = stream.get_final_message().content
         assert same.type == "tool_use"
         assert same.input == call.input
@@ -513,7 +513,7 @@ def test_tools_in_messages(claude: anthropic.Anthropic) -> None:
             "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "rain"}],
         },
     ]
-    after = claude.messages.create(**{**asked, "max_tokens": 2}, messages=history)
+    after = claude.messages.create(**{**options, "max_tokens": 2}, messages=history)
     assert after.usage.output_tokens <= 2
 
 
@@ -555,7 +555,7 @@ def test_errors_of_messages(claude: anthropic.Anthropic, served: Server) -> None
 
 
 def test_llm(served: Server, tmp_path: Path) -> None:
-    assert llm(served, tmp_path, "-o", "temperature", "0", ASK) == "42"
+    assert llm(served, tmp_path, "-o", "temperature", "0", QUESTION) == "42"
     made = json.loads(
         llm(served, tmp_path, "--responses", "--schema", json.dumps(PLACE), "Weather?")
     )

@@ -63,11 +63,11 @@ class Cluster:
             self.start_agent(name)
 
     def start_agent(self, name, folders=()):
-        said = self.agent_messages[name] = []
+        messages = self.agent_messages[name] = []
         where = (self.identities[name], HOST, self.head.port)
         place = None if name == "a" else self.folder / name / "models"
         loop = asyncio.new_event_loop()
-        task = loop.create_task(Agent(*where, list(folders), said.append, place).run())
+        task = loop.create_task(Agent(*where, list(folders), messages.append, place).run())
 
         def run():
             with suppress(asyncio.CancelledError):
@@ -146,7 +146,7 @@ def model(tmp_path):
 def assert_loads(formed, source_folder=DEMO):
     """Every machine's rank loads from its folder what it would from the whole."""
     for rank, folder in enumerate(formed.folders):
-        want, got = (
+        expected, got = (
             dict(
                 named_parameters(
                     load_rank_model(Checkpoint.open(Path(f)), formed.plan, rank, lambda *_: None)
@@ -154,8 +154,8 @@ def assert_loads(formed, source_folder=DEMO):
             )
             for f in (source_folder, folder)
         )
-        assert want.keys() == got.keys()
-        assert all(mx.array_equal(want[k], got[k]) for k in want)
+        assert expected.keys() == got.keys()
+        assert all(mx.array_equal(expected[k], got[k]) for k in expected)
 
 
 def downloaded_bytes(folder):
@@ -184,8 +184,8 @@ def test_each_node_downloads_its_own_part(cluster, hub, placement):
         part = formed.plan.bytes_of(rank)["total"]
         assert 0.9 * part < downloaded_bytes(folder) <= 1.05 * part
     assert hub.sent <= sum(formed.plan.bytes_of(r)["total"] for r in range(3)) * 1.05
-    told = cluster.nodes()["b"]["download_progress"]
-    assert told["done"] == told["total"] > 0
+    progress = cluster.nodes()["b"]["download_progress"]
+    assert progress["done"] == progress["total"] > 0
     assert any("downloaded in" in text and "b " in text for text in cluster.messages)
     # What is here already is not fetched again.
     before = hub.sent
@@ -267,18 +267,18 @@ def test_weights_that_the_index_does_not_name_stay_on_the_head(cluster, model, c
     assert not set(stray) & set(requested)
     for folder in formed.folders[1:]:
         assert [path.name for path in Path(folder).glob("*.safetensors")] == [WEIGHTS]
-    said = [r for r in caplog.records if "not named by the index" in r.getMessage()]
-    assert len(said) == 1
+    warnings = [r for r in caplog.records if "not named by the index" in r.getMessage()]
+    assert len(warnings) == 1
 
 
 def test_interrupted_download_is_resumed(cluster, model, monkeypatch):
     monkeypatch.setattr(download, "CHUNK_BYTES", 1 << 18)
-    given, hold = [], threading.Event()
+    ranges_sent, hold = [], threading.Event()
 
     def slow(answer, request):
         if request.file == WEIGHTS:
-            given.append(request.byte_range)
-            if len(given) > 12 and not hold.is_set():
+            ranges_sent.append(request.byte_range)
+            if len(ranges_sent) > 12 and not hold.is_set():
                 return None  # "later"
         return answer
 
@@ -287,7 +287,7 @@ def test_interrupted_download_is_resumed(cluster, model, monkeypatch):
         forming = threading.Thread(target=lambda: found.append(cluster.form(str(model), "whole")))
         forming.start()
         try:
-            wait_for(lambda: len(given) > 20, "the first pieces")
+            wait_for(lambda: len(ranges_sent) > 20, "the first pieces")
             part = wait_for(lambda: cluster.nodes()["b"]["download_progress"], "how far b is")
             assert 0 < part["done"] < part["total"]
             cluster.stop_agent("b")
@@ -299,7 +299,7 @@ def test_interrupted_download_is_resumed(cluster, model, monkeypatch):
             )
             (place,) = (cluster.folder / "b" / "models").iterdir()
             before = downloaded_bytes(place)
-            given.clear()
+            ranges_sent.clear()
             hold.set()
             cluster.start_agent("b")
         finally:

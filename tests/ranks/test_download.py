@@ -72,9 +72,9 @@ def test_a_part_is_enough_to_load_a_rank(folders, family, placement, gap, tmp_pa
         fetched = fetch_ranges([LocalFolder(whole)], store, wanted)
         assert fetched <= total_bytes(w for each in wanted.values() for w in each)
         assert fetch_ranges([LocalFolder(whole)], store, wanted) == 0
-        want, got = parameters(whole, plan, rank), parameters(store.folder, plan, rank)
-        assert want.keys() == got.keys()
-        assert all(mx.array_equal(want[k], got[k]) for k in want)
+        expected, got = parameters(whole, plan, rank), parameters(store.folder, plan, rank)
+        assert expected.keys() == got.keys()
+        assert all(mx.array_equal(expected[k], got[k]) for k in expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -97,8 +97,8 @@ def test_only_required_ranges_come_from_the_hub(hub, folders, tmp_path):
     fetched = fetch_ranges([Hub(REPO)], store, wanted, lambda *p: progress.append(p))
     assert hub.sent - before == fetched
     assert progress[0][0] < progress[-1][0] == progress[-1][1]
-    want, got = parameters(folders["qwen3_moe"], plan, 1), parameters(store.folder, plan, 1)
-    assert all(mx.array_equal(want[k], got[k]) for k in want)
+    expected, got = parameters(folders["qwen3_moe"], plan, 1), parameters(store.folder, plan, 1)
+    assert all(mx.array_equal(expected[k], got[k]) for k in expected)
     taken = sum(p.stat().st_blocks * 512 for p in store.folder.glob("*.safetensors"))
     assert taken < sum(p.stat().st_size for p in store.folder.glob("*.safetensors"))
 
@@ -144,9 +144,9 @@ def test_the_index_decides_which_weights_are_transferred(
     weights = {file.name for file in store.folder.glob("*.safetensors")}
     assert weights == named_by_index(with_stray_files)
     assert "first[1].safetensors" in weights
-    said = [r for r in caplog.records if "not named by the index" in r.getMessage()]
-    assert len(said) == 1
-    assert "such as consolidated.safetensors, model-99999.safetensors" in said[0].getMessage()
+    warnings = [r for r in caplog.records if "not named by the index" in r.getMessage()]
+    assert len(warnings) == 1
+    assert "such as consolidated.safetensors, model-99999.safetensors" in warnings[0].getMessage()
     if kind == "hub":
         assert {name for name, *_ in server.requests if name.endswith(".safetensors")} == weights
 
@@ -290,10 +290,10 @@ def test_columns_are_tracked_separately(folders, tmp_path):
         fetch_ranges([whole], store, {"model.safetensors": [columns]}) == columns.nbytes == 200 * 40
     )
     got = (store.folder / "model.safetensors").read_bytes()
-    want = (folders["qwen3_moe"] / "model.safetensors").read_bytes()
+    expected = (folders["qwen3_moe"] / "model.safetensors").read_bytes()
     for row in rows:
-        assert got[row + 10 : row + 30] == want[row + 10 : row + 30]
-        assert got[row + 60 : row + 80] == want[row + 60 : row + 80]
+        assert got[row + 10 : row + 30] == expected[row + 10 : row + 30]
+        assert got[row + 60 : row + 80] == expected[row + 60 : row + 80]
         assert not any(got[row + 30 : row + 60])
     again = SparseStore(store.folder)
     narrower, other = columns._replace(columns=((12, 20),)), columns._replace(columns=((25, 35),))
@@ -306,7 +306,7 @@ def test_columns_are_tracked_separately(folders, tmp_path):
     assert again.find_damaged() == {}
     with (store.folder / "model.safetensors").open("r+b") as f:
         f.seek(30_000 + 65)
-        f.write(bytes([want[30_065] ^ 1]))
+        f.write(bytes([expected[30_065] ^ 1]))
     wrong = again.find_damaged()
     assert wrong == {"model.safetensors": [columns]}
     again.mark_missing(wrong)

@@ -153,8 +153,8 @@ def compare(ranks: LocalRanks, case: Case, plan: Plan, kernels: str, tmp_path: P
         assert message["type"] == "result", message
         results.append(message)
     got = mx.load(str(out))["logits"]
-    want = case.logits[:, -got.shape[1] :]  # a divided head gives the last position's only
-    error = float(mx.abs(got - want).max() / mx.abs(want).max())
+    expected = case.logits[:, -got.shape[1] :]  # a divided head gives the last position's only
+    error = float(mx.abs(got - expected).max() / mx.abs(expected).max())
     if len({r["digest"] for r in results}) > 1:
         return "ranks have different logits"
     rounded = kernels == "native" and case.spec.quantization

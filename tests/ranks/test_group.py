@@ -185,9 +185,9 @@ def test_an_answer_goes_on_where_it_was(two, how):
     """What a group that is formed again is asked, given to one that is whole."""
     request = two.request(PROMPT, 16, Sampling(**how))
     whole = [chunk.token for chunk in two._stream(request, ())]
-    for given in (1, 7, 15):
-        rest = two._stream(replace(request, id=f"after {given}").resumed_with(whole[:given]), ())
-        assert [chunk.token for chunk in rest] == whole[given:]
+    for count in (1, 7, 15):
+        rest = two._stream(replace(request, id=f"after {count}").resumed_with(whole[:count]), ())
+        assert [chunk.token for chunk in rest] == whole[count:]
 
 
 def test_stream_gives_every_token_and_ends(two):
@@ -254,34 +254,34 @@ def test_wrong_requests_are_refused_and_harm_nobody(two):
 
 def ask_all(model) -> tuple[list[threading.Thread], list[CenacleError]]:
     """Several long requests under way, and the errors that end them."""
-    told = []
+    errors = []
 
     def ask(prompt) -> None:
         try:
             list(model.stream(prompt, 400))
         except CenacleError as error:
-            told.append(error)
+            errors.append(error)
 
     threads = [threading.Thread(target=ask, args=(prompt,)) for prompt in OTHERS]
     for thread in threads:
         thread.start()
     wait_until(lambda: model.group.load["running"] == len(OTHERS), 60, "all requests to run")
-    return threads, told
+    return threads, errors
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_killed_rank_is_named_in_mid_answer(rank):
     with loaded(latency_s=0.005, recover=False) as model:
-        threads, told = ask_all(model)
+        threads, errors = ask_all(model)
         began = time.monotonic()
         os.kill(model.ranks.pids[rank], signal.SIGKILL)
         for thread in threads:
             thread.join(6)
         assert time.monotonic() - began < 60
-        assert [type(e) for e in told] == [RankLost] * len(OTHERS), "every request is told"
-        assert {e.rank for e in told} == {rank}
+        assert [type(e) for e in errors] == [RankLost] * len(OTHERS), "every request is told"
+        assert {e.rank for e in errors} == {rank}
         pid = model.ranks.pids[rank]
-        assert str(told[0]).startswith(f"rank {rank} (process {pid}) was killed by SIGKILL")
+        assert str(errors[0]).startswith(f"rank {rank} (process {pid}) was killed by SIGKILL")
         assert_gone(model.ranks.pids)
         with pytest.raises(RankLost, match=f"rank {rank} "):
             model.generate(PROMPT, 1)
@@ -346,9 +346,11 @@ def test_rank_that_routes_otherwise_is_caught_before_a_token_is_served(kernels):
         ranks.load(LoadOrder(str(MIXTRAL), plan, kernels))
         group = RankGroup(ranks, Scheduler(4, 0))
         model = Model(deployed(plan), group)
-        said = "rank 1 chose other experts than rank 0 for the same tokens in all-reduce [0-9]+, "
+        message = (
+            "rank 1 chose other experts than rank 0 for the same tokens in all-reduce [0-9]+, "
+        )
         tokens = []
-        with pytest.raises(RankLost, match=said + "layer 1"):
+        with pytest.raises(RankLost, match=message + "layer 1"):
             tokens.extend(model.stream(PROMPT, 16))
         assert tokens == []
         assert "chose other experts" in str(group.failure)
@@ -442,8 +444,8 @@ def test_ranks_that_were_started_early_end_when_the_front_fails(tmp_path, what):
     before, started = children(), []
     start_early = LocalRanks.start_early.__func__
 
-    def record(cls, given):
-        started.append(start_early(cls, given))
+    def record(cls, load):
+        started.append(start_early(cls, load))
         return started[-1]
 
     with pytest.MonkeyPatch.context() as patch:

@@ -185,9 +185,11 @@ def test_one_node_gives_the_same(
             content = one.ask(**body).json()["choices"][0]["message"]["content"]
             assert [content] == expected[len(chat)]
         large = {"messages": chat_messages([[picture(1, 640, 640)]]), "max_tokens": 1}
-        seen = one.ask(**large).json()["usage"]["prompt_tokens"]
+        expected_tokens = one.ask(**large).json()["usage"]["prompt_tokens"]
         body = {"messages": chat_messages([[picture(1, 80, 80)]]), "max_tokens": 1}
-        assert one.ask(**body).json()["usage"]["prompt_tokens"] == seen  # 5 x 5 tokens of 16 x 16
+        assert (
+            one.ask(**body).json()["usage"]["prompt_tokens"] == expected_tokens
+        )  # 5 x 5 tokens of 16 x 16
         # Nothing is fetched unless the owner allows it.
         part = {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}
         refused = one.ask(messages=[{"role": "user", "content": [part]}])
@@ -224,9 +226,9 @@ def test_the_chat_shows_pictures(
         answer = server.ask(messages=messages, max_tokens=TOKENS).json()
         return answer["choices"][0]["message"]["content"]
 
-    asked = chat_messages([[ONE, "Look"], [""], [TWO, "well?"]])
-    asked[1]["content"] = ask(asked[:1])
-    last = ask(asked)
+    conversation = chat_messages([[ONE, "Look"], [""], [TWO, "well?"]])
+    conversation[1]["content"] = ask(conversation[:1])
+    last = ask(conversation)
     settings = ChatSettings(TOKENS, 0.0, 1.0)
     with cenacle.load(str(folder)) as model, closing(RemoteChat(server.url)) as remote:
         for source in (LocalChat(model), remote):
@@ -240,7 +242,10 @@ def test_the_chat_shows_pictures(
             say(f"/image {file}")
             say("well?")
             file.write_bytes(ONE)
-            assert [m["content"] for m in session.messages[1::2]] == [asked[1]["content"], last]
+            assert [m["content"] for m in session.messages[1::2]] == [
+                conversation[1]["content"],
+                last,
+            ]
             say(f"/save {tmp_path / 'chat.json'}")
             say(f"/save {tmp_path / 'chat.md'}")
             assert (tmp_path / "chat.md").read_text().startswith("**You**\n\n(a picture)\n\nLook")

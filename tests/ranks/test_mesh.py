@@ -260,13 +260,13 @@ def test_signs_of_life_are_not_data(tmp_path, piece):
         sock = pool.submit(connector.connect_all, 10)
         real = mesh.Mesh(0, mesh.MeshConfig(where, SECRET.encode()))
         (peer,) = sock.result().values()
-        said = b""
+        data = b""
         for number in range(3):
-            said += frame(ALIVE) * number + frame(DIRECT, number, bytes(memoryview(x * number)))
+            data += frame(ALIVE) * number + frame(DIRECT, number, bytes(memoryview(x * number)))
         sums = [real.all_sum(x) for _ in range(3)]
         mx.async_eval(sums)
-        for at in range(0, len(said), piece):
-            peer.sendall(said[at : at + piece])
+        for at in range(0, len(data), piece):
+            peer.sendall(data[at : at + piece])
             time.sleep(0.001)
         for number in range(3):
             assert sums[number].tolist() == (x * (number + 1)).tolist()
@@ -376,7 +376,7 @@ def test_strangers_are_rejected_without_effect(start):
         rendezvous.MAGIC, rendezvous.VERSION, 2, 1, 0, b"n" * rendezvous.NONCE_BYTES
     )
     framed = struct.pack(">H", len(hello)) + hello
-    said = {
+    openings = {
         "a web browser": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         "zeros": bytes(1000),
         "noise": bytes(range(256)) * 40,
@@ -389,9 +389,9 @@ def test_strangers_are_rejected_without_effect(start):
     strangers = {}
     arguments = {"addresses": where, "secret": SECRET}
     one.start("join", rank=0, handshake_s=1, **arguments)
-    for name, words in said.items():
+    for name, data in openings.items():
         strangers[name] = dial(where[0])
-        strangers[name].sendall(words)
+        strangers[name].sendall(data)
     loris = dial(where[0])  # a byte now and then: it gets no more time for that
     with pytest.raises(ConnectionError):
         send_slowly(loris, framed)

@@ -79,7 +79,7 @@ def never_ending(model: Model, question: str, **sampling: Any) -> Request:
     return replace(model.request(question, LENGTH, Sampling(**sampling)), stop_tokens=())
 
 
-def asked(model: Model) -> list[Request]:
+def make_requests(model: Model) -> list[Request]:
     return [
         *(never_ending(model, question) for question in QUESTIONS[:2]),
         never_ending(model, QUESTIONS[2], **DICE),
@@ -123,7 +123,7 @@ def group() -> Iterator[tuple[Model, list[str]]]:
 
 
 def answers(model: Model) -> list[str]:
-    clients = [Client(model, request) for request in asked(model)]
+    clients = [Client(model, request) for request in make_requests(model)]
     for client in clients:
         client.join()
     return [client.text for client in clients]
@@ -132,7 +132,7 @@ def answers(model: Model) -> list[str]:
 @pytest.mark.parametrize(("fault", "noticed_s"), [("SIGKILL", 1.5), ("SIGSTOP", 5)])
 def test_answers_go_on_where_they_were(group, fault, noticed_s):
     model, undisturbed = group
-    clients = [Client(model, request) for request in asked(model)]
+    clients = [Client(model, request) for request in make_requests(model)]
     wait_until(lambda: all(len(c.tokens) >= 5 for c in clients), 60, "some tokens")
     before, pids = model.group.state, model.ranks.pids
     victim = len(pids) - 1
@@ -207,7 +207,7 @@ NUMBER = {"type": "integer", "minimum": 0, "maximum": 99}
 LONG = {"type": "array", "items": NUMBER, "minItems": 40, "maxItems": 40}
 SHAPE: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": LONG, "strict": True}}
 ENDLESS: dict[str, Any] = {"logit_bias": {str(END): -100}, "max_tokens": 100}
-ASKED: dict[str, dict[str, Any]] = {
+REQUEST_OPTIONS: dict[str, dict[str, Any]] = {
     "a grammar": {"response_format": SHAPE, "temperature": 0},
     "a grammar, drawn": {"response_format": SHAPE, "temperature": 0.9, "seed": 3},
     "log-probabilities": {**ENDLESS, "temperature": 0, "logprobs": True, "top_logprobs": 3},
@@ -218,16 +218,16 @@ HANGS_UP_S = 5.0  # clients and proxies do when nothing comes: sooner than recov
 
 
 class Streaming(threading.Thread):
-    """One stream, read by the API's own client; `told`: all that it was told, but when."""
+    """One stream, read by the API's own client; `output`: all of it but the times."""
 
     def __init__(self, served: Server, name: str) -> None:
         super().__init__(daemon=True)
         self.times: list[float] = []
-        self.told: dict[Any, Any] = {}
+        self.output: dict[Any, Any] = {}
         self.logprobs: list[float] = []
         self.error: Exception | None = None
-        self._read = self._anthropic if "output_config" in ASKED[name] else self._openai
-        self._served, self._asked = served, ASKED[name]
+        self._read = self._anthropic if "output_config" in REQUEST_OPTIONS[name] else self._openai
+        self._served, self._options = served, REQUEST_OPTIONS[name]
         self.start()
 
     def run(self) -> None:
@@ -243,15 +243,15 @@ class Streaming(threading.Thread):
             for chunk in client.chat.completions.create(
                 **{"model": "demo_model", "messages": SUM, "stream": True},
                 stream_options={"include_usage": True},
-                **self._asked,
+                **self._options,
             ):
                 self.times.append(time.monotonic())
                 if chunk.usage is not None:
-                    self.told["counts"] = chunk.usage.completion_tokens, chunk.usage.prompt_tokens
+                    self.output["counts"] = chunk.usage.completion_tokens, chunk.usage.prompt_tokens
                 for choice in chunk.choices:
                     self._add(choice.index, choice.delta.content or "")
                     if choice.finish_reason:
-                        self.told["finish", choice.index] = choice.finish_reason
+                        self.output["finish", choice.index] = choice.finish_reason
                     for token in (choice.logprobs and choice.logprobs.content) or ():
                         self._add("tokens", [token.token, *(t.token for t in token.top_logprobs)])
                         self.logprobs += [token.logprob, *(t.logprob for t in token.top_logprobs)]
@@ -262,23 +262,23 @@ class Streaming(threading.Thread):
         ) as client:
             for event in client.messages.create(
                 **{"model": "demo_model", "messages": SUM, "stream": True, "max_tokens": 150},
-                extra_body={"temperature": 0, **self._asked},
+                extra_body={"temperature": 0, **self._options},
             ):
                 self.times.append(time.monotonic())
                 if event.type == "content_block_delta" and event.delta.type == "text_delta":
                     self._add(0, event.delta.text)
                 if event.type == "message_delta":
-                    self.told["end"] = event.delta.stop_reason, event.usage.output_tokens
+                    self.output["end"] = event.delta.stop_reason, event.usage.output_tokens
 
     def _add(self, what: Any, more: Any) -> None:
-        self.told[what] = self.told.get(what, type(more)()) + more
+        self.output[what] = self.output.get(what, type(more)()) + more
 
     def result(self) -> dict[Any, Any]:
         self.join(300)
         assert not self.is_alive(), "the stream does not end"
         if self.error is not None:
             raise self.error
-        return self.told
+        return self.output
 
     @property
     def pause_s(self) -> float:
@@ -310,11 +310,11 @@ def recovers(served: Server, streams: list[Streaming], fault: Callable[[], None]
 
 def test_whatever_was_asked_goes_on_and_no_client_hangs_up(served: Server) -> None:
     """All at once, beside one another; while nobody answers each stream gives signs of life."""
-    undisturbed = {name: Streaming(served, name) for name in ASKED}
+    undisturbed = {name: Streaming(served, name) for name in REQUEST_OPTIONS}
     for name, stream in undisturbed.items():
         assert stream.result(), name
-    disturbed = {name: Streaming(served, name) for name in ASKED}
-    seen: list[str] = []
+    disturbed = {name: Streaming(served, name) for name in REQUEST_OPTIONS}
+    lines: list[str] = []
 
     def watch() -> None:
         """A stream as it is, to see what clients do not show."""
@@ -322,7 +322,7 @@ def test_whatever_was_asked_goes_on_and_no_client_hangs_up(served: Server) -> No
         with httpx.stream(
             "POST", f"{served.url}/v1/chat/completions", json=body, timeout=HANGS_UP_S
         ) as answer:
-            seen.extend(answer.iter_lines())
+            lines.extend(answer.iter_lines())
 
     watching = threading.Thread(target=watch)
     watching.start()
@@ -330,13 +330,13 @@ def test_whatever_was_asked_goes_on_and_no_client_hangs_up(served: Server) -> No
     reason = recovers(served, [*disturbed.values()], lambda: os.kill(pid, signal.SIGSTOP))
     assert "rank 1" in reason
     for name, stream in disturbed.items():
-        assert stream.result() == undisturbed[name].told, name
+        assert stream.result() == undisturbed[name].output, name
         assert stream.logprobs == pytest.approx(undisturbed[name].logprobs, abs=1e-4), name
         assert stream.pause_s > HANGS_UP_S, "a client that waits in silence would have gone"
     assert len(undisturbed["log-probabilities"].logprobs) == 4 * 100
     watching.join(120)
-    assert ": waiting" in seen
-    assert seen[-2] == "data: [DONE]"
+    assert ": waiting" in lines
+    assert lines[-2] == "data: [DONE]"
 
 
 def drafted(served: Server) -> float:
@@ -373,7 +373,7 @@ def test_an_answer_with_drafts_goes_on_and_a_rank_without_memory_is_named(served
     reason = recovers(served, [stream], starve)
     assert "rank 1" in reason
     assert "memory" in reason
-    assert stream.result() == undisturbed.told
+    assert stream.result() == undisturbed.output
     assert stream.logprobs == pytest.approx(undisturbed.logprobs, abs=1e-4)
     for thread in hungry:
         thread.join(300)

@@ -232,9 +232,9 @@ def test_every_series_of_the_dashboard_exists(safe: Safe) -> None:
     names.add("cenacle_predicted_step_seconds")
     dashboard = json.loads((ROOT / "docs" / "grafana.json").read_text())
     expressions = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
-    asked = {n for e in expressions for n in re.findall(r"\b(?:cenacle|process)_\w+", e)}
-    assert len(asked) > 15
-    assert asked <= names
+    shown_names = {n for e in expressions for n in re.findall(r"\b(?:cenacle|process)_\w+", e)}
+    assert len(shown_names) > 15
+    assert shown_names <= names
     text = (ROOT / "docs" / "metrics.md").read_text()
     for name in names:
         plain = re.sub(r"_(bucket|sum|count)$", "", name)
@@ -304,8 +304,8 @@ def test_keys_are_added_and_removed_while_it_runs(safe: Safe) -> None:
 def test_fingerprint_and_access_log(safe: Safe) -> None:
     text = safe.log.read_text()
     (fingerprint,) = re.findall(r"SHA-256 fingerprint ((?:[0-9A-F]{2}:){31}[0-9A-F]{2})", text)
-    seen = ssl.get_server_certificate(("127.0.0.1", safe.port))
-    der = ssl.PEM_cert_to_DER_cert(seen)
+    certificate = ssl.get_server_certificate(("127.0.0.1", safe.port))
+    der = ssl.PEM_cert_to_DER_cert(certificate)
     assert hashlib.sha256(der).hexdigest().upper() == fingerprint.replace(":", "")
     with safe.client() as client:
         client.models.list()

@@ -73,8 +73,8 @@ class Server:
         answer = httpx.get(f"{self.url}/health", timeout=300)
         return answer.status_code, answer.json()
 
-    def post(self, path: str = "chat/completions", **given: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/{path}", timeout=300, **given)
+    def post(self, path: str = "chat/completions", **fields: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/{path}", timeout=300, **fields)
 
     def busy(self) -> int:
         data = self.health()[1]

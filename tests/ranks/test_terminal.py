@@ -135,8 +135,8 @@ def tmux(environment, *arguments):
 @needs_tmux
 def test_chat_fits_40_columns(environment, served):
     # tmux answers where the cursor is, which the line below the prompt needs.
-    asked = {k: v for k, v in environment.items() if k != "PROMPT_TOOLKIT_NO_CPR"}
-    with tmux(asked, "chat", "--url", served[0], "--temp", "0") as (wait_for, type_keys):
+    variables = {k: v for k, v in environment.items() if k != "PROMPT_TOOLKIT_NO_CPR"}
+    with tmux(variables, "chat", "--url", served[0], "--temp", "0") as (wait_for, type_keys):
         wait_for("\n>", "\ndemo_model\n")  # before that Enter is a new line
         type_keys("What is 12 + 30?", "Enter")
         wait_for("░ 22 of 1,024 tokens (2%)\n")  # below the prompt

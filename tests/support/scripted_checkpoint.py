@@ -125,7 +125,7 @@ class _Part:
 
     thinks: bool
     thought: list[str]
-    said: list[str]
+    output: list[str]
     forced: list[str]
 
 
@@ -285,7 +285,7 @@ class _Weights:
         for slot, word in enumerate(words, 1):
             self._embedding[self._ids(word), [IS_WORD, WORD_IN + slot]] = 1
         starts = [[self._chain(part) for part in parts] for parts in scripts]
-        self._follow(self._other, self._ids(scripts[0][0].said[0]))  # a prompt without template
+        self._follow(self._other, self._ids(scripts[0][0].output[0]))  # a prompt without template
         hidden = CODE + FEATURES
         layer = "model.layers.0."
         tensors = {
@@ -307,7 +307,7 @@ class _Weights:
         """Codes that begin a part: at its thought's marker, in its thought, and after it."""
         first, thought, after = (self._code() for _ in range(3))
         self._link(thought, [*part.thought, "</think>"])
-        self._link(after, [*part.said, "<|im_end|>"])
+        self._link(after, [*part.output, "<|im_end|>"])
         if part.forced:  # what a grammar lets through if it refuses what is said
             self._link(after, [*part.forced, "<|im_end|>"], weight=0.5)
         if part.thinks:

@@ -24,7 +24,7 @@ watts = {{ v = 90, c = "M", s = "me" }}
 
 
 @pytest.mark.parametrize(
-    ("given", "name"),
+    ("alias", "name"),
     [
         ("Qwen/Qwen3-30B-A3B", "qwen3-30b-a3b"),
         ("mlx-community/DeepSeek-V3-0324-4bit", "deepseek-v3"),
@@ -44,12 +44,12 @@ watts = {{ v = 90, c = "M", s = "me" }}
         ("DeepSeek-V3.1-Terminus-Q4_K_M", "deepseek-v3"),
     ],
 )
-def test_models_by_any_name(given, name):
-    assert KNOWN.model(given).name == name
+def test_models_by_any_name(alias, name):
+    assert KNOWN.model(alias).name == name
 
 
 @pytest.mark.parametrize(
-    ("given", "name"),
+    ("alias", "name"),
     [
         ("M3 Ultra 512GB", "m3-ultra-512"),
         ("Mac Studio M3 Ultra (512 GB)", "m3-ultra-512"),
@@ -63,12 +63,12 @@ def test_models_by_any_name(given, name):
         ("Strix Halo 128GB", "strix-halo-128"),
     ],
 )
-def test_machines_by_any_name(given, name):
-    assert KNOWN.machine(given).name == name
+def test_machines_by_any_name(alias, name):
+    assert KNOWN.machine(alias).name == name
 
 
 @pytest.mark.parametrize(
-    ("given", "name"),
+    ("alias", "name"),
     [
         ("10 GbE", "10gbe"),
         ("TB5 RDMA", "tb5-rdma"),
@@ -78,8 +78,8 @@ def test_machines_by_any_name(given, name):
         ("RDMA over Thunderbolt 5", "tb5-rdma"),
     ],
 )
-def test_links_by_any_name(given, name):
-    assert KNOWN.link(given).name == name
+def test_links_by_any_name(alias, name):
+    assert KNOWN.link(alias).name == name
 
 
 def test_several_machines():

@@ -325,9 +325,9 @@ def test_a_head_that_does_not_answer_is_a_problem(head):
 
 def test_the_command_checks_this_machine(monkeypatch):
     result = CliRunner().invoke(make_app(), ["doctor", "--json"])
-    said = json.loads(result.stdout.splitlines()[-1])
-    assert result.exit_code == (0 if said["healthy"] else 1)
-    assert any("Versions match" in f["message"] for f in said["findings"])
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert result.exit_code == (0 if report["healthy"] else 1)
+    assert any("Versions match" in f["message"] for f in report["findings"])
     monkeypatch.setattr(doctor, "gather", lambda _: replace(LINUX, clock_skew_s=500.0))
     result = CliRunner().invoke(make_app(), ["doctor"])
     assert result.exit_code == 1

@@ -10,19 +10,19 @@ from cenacle.ranks import exit_reason
 
 
 @pytest.mark.parametrize(
-    ("program", "said"),
+    ("program", "description"),
     [
         ("raise SystemExit(3)", "exited 3"),
         ("import os; os.kill(os.getpid(), 6)", "was killed by SIGABRT"),
         ("import os; os.kill(os.getpid(), 9)", "was killed by SIGKILL"),
     ],
 )
-def test_words_for_an_exit_status(program, said):
+def test_words_for_an_exit_status(program, description):
     status = subprocess.run([sys.executable, "-c", program], check=False).returncode
     assert (
         exit_reason.describe_exit(status)
         == exit_reason.describe_exit(status, 10**9 if status != -9 else None)
-        == said
+        == description
     )
 
 

@@ -66,9 +66,9 @@ def test_images_that_begin_alike_share_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_no_token_is_taken_for_an_image() -> None:
-    told = request("a", RED).cache_tokens
-    assert all(t >= IMAGE_TOKEN_BIT for t in told[20:84])
-    assert told[:20] == told[84:] == TEXT
+    cached = request("a", RED).cache_tokens
+    assert all(t >= IMAGE_TOKEN_BIT for t in cached[20:84])
+    assert cached[:20] == cached[84:] == TEXT
     assert cache_tokens(TEXT, (), "a") == TEXT
 
 

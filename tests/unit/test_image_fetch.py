@@ -76,10 +76,10 @@ def test_what_is_no_name_of_a_host(name: str) -> None:
 class Handler(BaseHTTPRequestHandler):
     """Answers by the path; remembers who asked."""
 
-    asked: list[tuple[str, dict[str, str]]]
+    requests: list[tuple[str, dict[str, str]]]
 
     def do_GET(self) -> None:
-        self.asked.append((self.path, dict(self.headers)))
+        self.requests.append((self.path, dict(self.headers)))
         name = self.path.strip("/").partition("?")[0]
         if name == "redirect":
             self.send_response(302)
@@ -119,14 +119,14 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, list[Any]]]:
     monkeypatch.setattr(fetch, "MAX_FILE_BYTES", 20_000)
-    asked: list[Any] = []
+    requests: list[Any] = []
     over = threading.Event()
-    kind = type("Own", (Handler,), {"asked": asked, "over": over})
+    kind = type("Own", (Handler,), {"requests": requests, "over": over})
     with ThreadingHTTPServer(("127.0.0.1", 0), kind) as listening:
         listening.daemon_threads = True
         thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
         thread.start()
-        yield listening.server_address[1], asked
+        yield listening.server_address[1], requests
         over.set()
         listening.shutdown()
         thread.join()
@@ -140,10 +140,10 @@ def fetcher(port: int, **options: Any) -> ImageFetcher:
 
 
 def test_a_picture_is_fetched(server: tuple[int, list[Any]]) -> None:
-    port, asked = server
+    port, requests = server
     url = f"http://Pictures.Example.:{port}/a b/ü.png?x=1#part"
     assert fetcher(port).fetch(url) == b"picture"
-    ((path, headers),) = asked
+    ((path, headers),) = requests
     assert path == "/a%20b/%C3%BC.png?x=1"
     assert headers["Host"] == f"pictures.example:{port}"
     names = {name.lower() for name in headers}
@@ -162,10 +162,10 @@ def test_a_picture_is_fetched(server: tuple[int, list[Any]]) -> None:
     ],
 )
 def test_what_is_no_picture(server: tuple[int, list[Any]], path: str, reason: str) -> None:
-    port, asked = server
+    port, requests = server
     with pytest.raises(InputError, match=reason):
         fetcher(port).fetch(f"http://pictures.example:{port}/{path}")
-    assert len(asked) == 1
+    assert len(requests) == 1
 
 
 def test_one_that_comes_too_slowly(server: tuple[int, list[Any]]) -> None:
@@ -179,17 +179,17 @@ def test_one_that_comes_too_slowly(server: tuple[int, list[Any]]) -> None:
 def test_the_environments_proxy_is_not_asked(
     server: tuple[int, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port, asked = server
+    port, requests = server
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert fetcher(port).fetch(f"http://pictures.example:{port}/a") == b"picture"
-    assert len(asked) == 1
+    assert len(requests) == 1
 
 
 def test_nothing_is_asked_that_is_not_allowed(
     server: tuple[int, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port, asked = server
+    port, requests = server
     tried: list[Any] = []
     monkeypatch.setattr(
         socket, "create_connection", lambda *a, **k: tried.append(a) or pytest.fail("connected")
@@ -223,7 +223,7 @@ def test_nothing_is_asked_that_is_not_allowed(
     with pytest.raises(InputError, match="not one that the owner"):
         some.fetch("https://example.com/a.png")
     assert not tried
-    assert not asked
+    assert not requests
 
 
 def test_the_checked_address_is_the_one_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

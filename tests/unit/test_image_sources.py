@@ -23,7 +23,10 @@ from cenacle.server.preparation import ImagesWantedError, RequestPreparer, _with
 
 DATA = base64.b64encode(b"picture").decode()
 URI = f"data:image/png;base64,{DATA}"
-SEES, BLIND = ServedModel("m", 1000, 400, image_obstacle=""), ServedModel("m", 1000, 400)
+WITH_VISION, WITHOUT_VISION = (
+    ServedModel("m", 1000, 400, image_obstacle=""),
+    ServedModel("m", 1000, 400),
+)
 TEXT = {"type": "text", "text": "What is it?"}
 
 
@@ -107,18 +110,18 @@ FORMS = {
 @pytest.mark.parametrize("url", [URI, "https://example.com/a.png?b=c"])
 def test_an_image_in_every_form(form: str, url: str) -> None:
     api, body = FORMS[form]
-    request = api.parse(json.dumps(body(url)).encode(), SEES)
+    request = api.parse(json.dumps(body(url)).encode(), WITH_VISION)
     assert request.image_sources == (url,)
     content = request.prompts[0][-1]["content"]  # type: ignore[index]
     assert content == "What is it?" + sources.mark("0")
     with pytest.raises(RequestError, match="remove the images") as caught:
-        api.parse(json.dumps(body(url)).encode(), BLIND)
+        api.parse(json.dumps(body(url)).encode(), WITHOUT_VISION)
     assert caught.value.code == "unsupported_parameter"
 
 
 def test_a_block_with_base64() -> None:
     image = claude_image(type="base64", media_type="image/webp", data=DATA)
-    request = MessagesAdapter().parse(json.dumps(claude(image, TEXT, image)).encode(), SEES)
+    request = MessagesAdapter().parse(json.dumps(claude(image, TEXT, image)).encode(), WITH_VISION)
     assert request.image_sources == (f"data:image/webp;base64,{DATA}",) * 2
 
 
@@ -142,7 +145,9 @@ def test_a_block_with_base64() -> None:
 )
 def test_what_is_no_image_is_refused_by_its_path(url: str, reason: str) -> None:
     with pytest.raises(InputError, match=reason) as caught:
-        ChatCompletionsAdapter().parse(json.dumps(chat(TEXT, openai_image(url))).encode(), SEES)
+        ChatCompletionsAdapter().parse(
+            json.dumps(chat(TEXT, openai_image(url))).encode(), WITH_VISION
+        )
     assert caught.value.field == "messages[0].content[1].image_url.url"
 
 
@@ -157,7 +162,7 @@ def test_what_is_no_image_is_refused_by_its_path(url: str, reason: str) -> None:
 )
 def test_a_part_without_its_image(part: Any, field: str) -> None:
     with pytest.raises(InputError) as caught:
-        ChatCompletionsAdapter().parse(json.dumps(chat(part)).encode(), SEES)
+        ChatCompletionsAdapter().parse(json.dumps(chat(part)).encode(), WITH_VISION)
     assert caught.value.field == f"messages[0].content[0].{field}"
 
 
@@ -173,14 +178,14 @@ def test_a_part_without_its_image(part: Any, field: str) -> None:
 )
 def test_a_block_without_its_image(source: dict[str, str]) -> None:
     with pytest.raises(InputError) as caught:
-        MessagesAdapter().parse(json.dumps(claude(claude_image(**source))).encode(), SEES)
+        MessagesAdapter().parse(json.dumps(claude(claude_image(**source))).encode(), WITH_VISION)
     assert (caught.value.field or "").startswith("messages[0].content[0].source")
 
 
 def test_only_the_user_and_tools_show_images() -> None:
     body = chat(openai_image(URI), role="assistant")
     with pytest.raises(InputError, match="not supported"):
-        ChatCompletionsAdapter().parse(json.dumps(body).encode(), SEES)
+        ChatCompletionsAdapter().parse(json.dumps(body).encode(), WITH_VISION)
 
 
 def test_other_forms_of_base64() -> None:
@@ -198,24 +203,24 @@ def test_other_forms_of_base64() -> None:
 def test_too_many_images() -> None:
     body = chat(*[openai_image(URI)] * 65)
     with pytest.raises(InputError, match="at most 64 images, got 65"):
-        ChatCompletionsAdapter().parse(json.dumps(body).encode(), SEES)
+        ChatCompletionsAdapter().parse(json.dumps(body).encode(), WITH_VISION)
 
 
 def test_log_probabilities_of_prompts_with_images_are_refused() -> None:
     body = {**chat(openai_image(URI)), "prompt_logprobs": 1}
     with pytest.raises(InputError, match="not supported with images"):
-        ChatCompletionsAdapter().parse(json.dumps(body).encode(), SEES)
+        ChatCompletionsAdapter().parse(json.dumps(body).encode(), WITH_VISION)
 
 
 def test_a_written_mark_is_text() -> None:
     body = chat({"type": "text", "text": "\ue0000123456789abcdef0123456789abcdef:0\ue001"})
-    request = ChatCompletionsAdapter().parse(json.dumps(body).encode(), SEES)
+    request = ChatCompletionsAdapter().parse(json.dumps(body).encode(), WITH_VISION)
     assert not request.image_sources
 
 
 def test_images_are_wanted_before_tokens() -> None:
     body = json.dumps(chat(TEXT, openai_image(URI))).encode()
-    request = ChatCompletionsAdapter().parse(body, SEES)
+    request = ChatCompletionsAdapter().parse(body, WITH_VISION)
     with pytest.raises(ImagesWantedError) as caught:
         _with_images(request, ())
     assert (caught.value.sources, caught.value.field) == ((URI,), "messages")
@@ -293,8 +298,8 @@ def test_pixels_do_not_go_with_the_request() -> None:
 def test_a_preparer_needs_nothing_of_images_for_texts() -> None:
     model: Any = SimpleNamespace(text=None)
     assert (
-        RequestPreparer(model, SEES, 10)._image_places(
-            ChatCompletionsAdapter().parse(json.dumps(chat(TEXT)).encode(), SEES)
+        RequestPreparer(model, WITH_VISION, 10)._image_places(
+            ChatCompletionsAdapter().parse(json.dumps(chat(TEXT)).encode(), WITH_VISION)
         )
         is None
     )

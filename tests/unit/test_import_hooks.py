@@ -59,8 +59,8 @@ def test_signatures_of_configs_are_read_once():
     assert base.inspect is not inspect
     assert base.inspect.signature.cache_info().maxsize is None
     assert base.inspect.signature(qwen3_moe.ModelArgs) == inspect.signature(qwen3_moe.ModelArgs)
-    asked = base.inspect.signature.cache_info().misses
+    misses_before = base.inspect.signature.cache_info().misses
     config = {f"unknown {n}": n for n in range(9)}
     for kind in (base.BaseModelArgs, base.BaseModelArgs):
         assert kind.from_dict(config) == kind()
-    assert base.inspect.signature.cache_info().misses <= asked + 1
+    assert base.inspect.signature.cache_info().misses <= misses_before + 1

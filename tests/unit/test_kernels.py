@@ -47,7 +47,7 @@ def checked(*command: str | Path) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split(": ") for line in done.stdout.splitlines()]
-    assert all(said.startswith("ok, ") for _, said in lines)
+    assert all(result.startswith("ok, ") for _, result in lines)
     return [name for name, _ in lines]
 
 

@@ -44,8 +44,8 @@ def test_experts_are_assigned_optimally(case):
     for count, ranks, rank in zip(counts, replica_ranks, assigned, strict=True):
         assert rank in ranks if count else rank == -1
     ones = [min(c, 1) for c in counts]
-    want = min_max_load(ones, replica_ranks, speeds) if any(ones) else 0
-    assert busiest(ones, assigned, speeds) == pytest.approx(want)
+    expected = min_max_load(ones, replica_ranks, speeds) if any(ones) else 0
+    assert busiest(ones, assigned, speeds) == pytest.approx(expected)
 
 
 @given(cases())

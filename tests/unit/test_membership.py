@@ -46,9 +46,9 @@ def replay(*events, state=None):
     return state, done
 
 
-def connected(who, at=0.0, group_id=0, **versions):
-    address = f"10.0.0.{ord(who[0])}"
-    return NodeConnected(who, at, {**VERSIONS, **versions}, UNKNOWN_NODE, address, group_id)
+def connected(node_id, at=0.0, group_id=0, **versions):
+    address = f"10.0.0.{ord(node_id[0])}"
+    return NodeConnected(node_id, at, {**VERSIONS, **versions}, UNKNOWN_NODE, address, group_id)
 
 
 TWO = (NodeRegistered("head", "a"), NodeRegistered("n", "b"))
@@ -174,9 +174,9 @@ def test_one_group_at_a_time_with_increasing_ids():
 THREE = (*TWO, NodeRegistered("m", "c"))
 
 
-def heartbeats(at, *who):
+def heartbeats(at, *node_ids):
     """All of these are heard, and the time comes."""
-    return (*(HeartbeatReceived(w, at) for w in who or ("head", "n", "m")), Tick(at))
+    return (*(HeartbeatReceived(w, at) for w in node_ids or ("head", "n", "m")), Tick(at))
 
 
 def two_of_three():
@@ -380,14 +380,14 @@ def test_invariants_hold_for_random_events(seed):
     log = []
     for _ in range(400):
         now += dice.random()
-        who = dice.choice(["head", "a", "b", "c"])
+        node_id = dice.choice(["head", "a", "b", "c"])
         event = dice.choice(
             [
-                NodeRegistered(who, dice.choice("xy")),
-                connected(who, now, mlx=dice.choice("2229")),
+                NodeRegistered(node_id, dice.choice("xy")),
+                connected(node_id, now, mlx=dice.choice("2229")),
                 connected("head", now),
-                HeartbeatReceived(who, now),
-                NodeDisconnected(who, "gone"),
+                HeartbeatReceived(node_id, now),
+                NodeDisconnected(node_id, "gone"),
                 NodeRemoved(dice.choice("abc")),
                 GroupRequested(dice.choice([0, 1, 2, 3])),
                 GroupReady(dice.choice([formed or 0, 1])),

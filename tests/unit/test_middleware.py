@@ -131,8 +131,8 @@ def test_other_origins_are_refused(keys):
     }
     # What a form or a script sends without a preflight.
     plain = {"Content-Type": "text/plain"}
-    asked = [("POST", "/v1/completions", {"Origin": o, **plain}) for o in origins]
-    assert [a.status_code for a in ask(keys, AccessPolicy(), *asked)] == list(origins.values())
+    requests = [("POST", "/v1/completions", {"Origin": o, **plain}) for o in origins]
+    assert [a.status_code for a in ask(keys, AccessPolicy(), *requests)] == list(origins.values())
     preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     (answer,) = ask(keys, AccessPolicy(), ("OPTIONS", "/v1/completions", preflight))
     assert "access-control-allow-origin" not in answer.headers
@@ -148,18 +148,18 @@ def test_an_allowed_origin_passes(keys):
         "Access-Control-Request-Headers": "authorization, content-type",
         "Access-Control-Request-Private-Network": "true",
     }
-    asked, done, other = ask(
+    preflighted, allowed, refused = ask(
         keys,
         policy,
         ("OPTIONS", "/v1/completions", preflight),
         ("POST", "/v1/completions", {"Origin": page, **bearer(secret)}),
         ("POST", "/v1/completions", {"Origin": "https://evil.example", **bearer(secret)}),
     )
-    assert (asked.status_code, done.status_code, other.status_code) == (200, 200, 403)
-    assert asked.headers["access-control-allow-private-network"] == "true"
-    assert done.headers["access-control-allow-origin"] == page
-    assert "access-control-allow-origin" not in other.headers
-    assert "access-control-allow-credentials" not in done.headers
+    assert (preflighted.status_code, allowed.status_code, refused.status_code) == (200, 200, 403)
+    assert preflighted.headers["access-control-allow-private-network"] == "true"
+    assert allowed.headers["access-control-allow-origin"] == page
+    assert "access-control-allow-origin" not in refused.headers
+    assert "access-control-allow-credentials" not in allowed.headers
 
 
 def test_every_response_has_the_security_headers(keys):
@@ -172,11 +172,11 @@ def test_every_response_has_the_security_headers(keys):
 
 def test_an_exhausted_budget_is_refused_until_tomorrow(keys):
     secret = keys.add("alice", tokens_per_day=100)
-    asked = ("POST", "/v1/completions", bearer(secret))
+    requests = ("POST", "/v1/completions", bearer(secret))
     keys.charge("alice", 99)
-    assert ask(keys, AccessPolicy(), asked)[0].status_code == 200
+    assert ask(keys, AccessPolicy(), requests)[0].status_code == 200
     keys.charge("alice", 1)
-    (answer,) = ask(keys, AccessPolicy(), asked)
+    (answer,) = ask(keys, AccessPolicy(), requests)
     assert (answer.status_code, answer.json()["error"]["code"]) == (429, "insufficient_quota")
     assert 0 < int(answer.headers["retry-after"]) <= 86400
     assert ask(keys, AccessPolicy(), ("GET", "/v1/models", bearer(secret)))[0].status_code == 200

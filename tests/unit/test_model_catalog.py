@@ -30,13 +30,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_folder_of_models_is_read_once_and_the_rest_is_named(folder):
-    said: list[str] = []
-    catalog = read_catalog(["org/later"], folder, LoadOptions(""), said.append)
+    messages: list[str] = []
+    catalog = read_catalog(["org/later"], folder, LoadOptions(""), messages.append)
     assert list(catalog) == ["org/later", "demo_model", "two"]
     assert catalog["two"].served.context_length == catalog["demo_model"].served.context_length
     assert catalog["two"].weights_bytes
     assert catalog["org/later"].served.context_length is None  # nobody was asked
-    (left_out,) = said
+    (left_out,) = messages
     assert left_out.startswith("odd is left out: ")
 
 
@@ -64,9 +64,9 @@ def test_two_of_one_name_none_at_all_and_what_is_no_model_are_refused(folder, tm
     ],
 )
 def test_options_that_do_not_go_together_are_refused(folder, arguments, names, on_cluster, message):
-    given = ModelsArguments(**arguments)
+    models = ModelsArguments(**arguments)
     with pytest.raises(InputError, match=message):
-        read_models([str(DEMO), str(folder / "two")], given, LOAD, names, on_cluster=on_cluster)
+        read_models([str(DEMO), str(folder / "two")], models, LOAD, names, on_cluster=on_cluster)
 
 
 def test_what_was_asked_for_is_what_the_pool_does(folder):

@@ -105,8 +105,8 @@ def test_a_round_of_tools_becomes_messages() -> None:
 
 def test_items_of_one_turn_of_the_assistant_make_one_message() -> None:
     thought = {"type": "reasoning", "content": [{"type": "reasoning_text", "text": "Hm."}]}
-    said = {"role": "assistant", "content": "a"}
-    first, second = parse(input=[thought, said, thought, CALL, CALL, said]).prompts[0]
+    message = {"role": "assistant", "content": "a"}
+    first, second = parse(input=[thought, message, thought, CALL, CALL, message]).prompts[0]
     assert first == {
         "role": "assistant",
         "content": "a",
@@ -116,7 +116,7 @@ def test_items_of_one_turn_of_the_assistant_make_one_message() -> None:
             {"id": "c", "type": "function", "function": {"name": "f", "arguments": {}}},
         ],
     }
-    assert second == said
+    assert second == message
 
 
 def test_messages_of_parts_and_a_conversation() -> None:
@@ -160,10 +160,10 @@ def test_messages_of_parts_and_a_conversation() -> None:
     ],
 )
 def test_refused_parameters_are_named(fields: dict[str, Any], param: str, code: str) -> None:
-    field, given = refused(**fields)
+    field, message = refused(**fields)
     assert field == param
-    assert given is not None
-    assert given.startswith(code)
+    assert message is not None
+    assert message.startswith(code)
 
 
 def test_formats_and_forced_calls_become_grammars() -> None:
@@ -329,10 +329,10 @@ def test_custom_tools_come_back_as_plain_text() -> None:
         EVENTS[str(name)].model_validate(event)
     assert "response.custom_tool_call_input.done" in [name for name, _ in events]
     output = {"type": "custom_tool_call_output", "call_id": "call_9", "output": "done"}
-    _, asked, result = parse(
+    _, call_message, result = parse(
         input=[{"role": "user", "content": "a"}, body["output"][0], output]
     ).prompts[0]
-    assert asked["tool_calls"][0]["function"] == {  # type: ignore[index]
+    assert call_message["tool_calls"][0]["function"] == {  # type: ignore[index]
         "name": "apply_patch",
         "arguments": {"input": "*** Begin\n"},
     }

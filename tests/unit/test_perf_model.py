@@ -175,22 +175,22 @@ def test_every_slice_of_an_expert_is_begun_and_of_whole_ones_the_busiest_nodes()
         (("pipeline", "whole", "replicated"), 4),
     ):
         count = 1 if variant[0] == "single" else 2
-        took, free = (
+        prefill_s, free = (
             run(workload, variant, count, m).step_timings["experts"] for m in (slow, plain)
         )
-        assert took - free == pytest.approx(40 * begun * 10e-6, rel=1e-3), variant
+        assert prefill_s - free == pytest.approx(40 * begun * 10e-6, rel=1e-3), variant
 
 
 def test_a_layer_takes_longer_where_nodes_share_cores():
     workload = Workload(KNOWN.model("dbrx"), catalog.parse_quantization(4))
-    here = MACHINE.with_fact("overhead_us", 300.0, "a test")
-    here = here.with_fact("alone_overhead_us", 100.0, "a test")
+    machine = MACHINE.with_fact("overhead_us", 300.0, "a test")
+    machine = machine.with_fact("alone_overhead_us", 100.0, "a test")
     for variant, count, each in (
         (("expert", "sliced", "sharded"), 2, 300e-6),
         (("pipeline", "whole", "replicated"), 2, 100e-6),
         (("expert", "sliced", "replicated"), 1, 100e-6),
     ):
-        assert run(workload, variant, count, here).step_timings["overhead"] == pytest.approx(
+        assert run(workload, variant, count, machine).step_timings["overhead"] == pytest.approx(
             40 * each
         ), variant
 

@@ -165,7 +165,7 @@ def ranks_by_expert(body: dict) -> list[list[Sequence[int]]]:
 def test_a_placement_is_read_back_as_it_was(plan):
     body = json.loads(json.dumps(placement_map(plan)))
     assert [layer for layer, _ in body["layers"]] == [p.layer for p in plan.layers]
-    want = [[sorted(q.rank for q in parts) for parts in p.experts] for p in plan.layers]
-    assert ranks_by_expert(body) == want
+    expected = [[sorted(q.rank for q in parts) for parts in p.experts] for p in plan.layers]
+    assert ranks_by_expert(body) == expected
     other = placement_map(Plan.whole(spec_of(3, 11), 3))
     assert body["id"] != other["id"]

@@ -124,18 +124,18 @@ def test_a_wrong_what_if(text):
 
 def test_a_plan_file_is_a_plan(tmp_path):
     result = plan("dbrx", "1xm3-ultra-256,1xm4-max-128", "tb5-rdma", "4")
-    dealt, note = planner.best_plan(result, planner.spec_from_workload(result.workload, "dbrx"))
-    dealt.save(tmp_path / "plan.json")
+    best, note = planner.best_plan(result, planner.spec_from_workload(result.workload, "dbrx"))
+    best.save(tmp_path / "plan.json")
     again = Plan.load(tmp_path / "plan.json")
     assert again.nodes == len(result.options[0].machines)
     # By name only, nothing says where experts may be cut; a checkpoint's folder does.
     assert result.options[0].placement == "weighted"  # slices by the machines' bandwidth
-    assert dealt.placement == "whole"
+    assert best.placement == "whole"
     assert "give the checkpoint's folder" in note
     spec = planner.spec_from_workload(result.workload, "dbrx")
     spec = replace(spec, moe=tuple(replace(m, units=168) for m in spec.moe))
-    dealt, note = planner.best_plan(result, spec)
-    assert dealt.placement == "sliced"
+    best, note = planner.best_plan(result, spec)
+    assert best.placement == "sliced"
     with pytest.raises(PlanError, match="only sizes are known"):
         planner.spec_from_workload(
             plan("deepseek-v4-flash", "m3-ultra-512").workload, "deepseek_v4"

@@ -134,9 +134,9 @@ class Client:
         for _ in range(length):
             known.append((sum(known) * 31 + len(known)) % 1009)
         self.expected = known[len(prompt) :]
-        group.submit(request, self._told)
+        group.submit(request, self._on_event)
 
-    def _told(self, event: TokenEvent | CenacleError) -> None:
+    def _on_event(self, event: TokenEvent | CenacleError) -> None:
         assert not self._done.is_set(), "told after the end"
         if isinstance(event, CenacleError):
             self.error = event
@@ -200,10 +200,10 @@ def leave(rank: PlayedRank, step: Step) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "reason"),
     [(die, "failed: its disk is gone"), (disagree, "disagrees at step 5"), (leave, "connection")],
 )
-def test_every_answer_goes_on_where_it_was(play, wrong, said):
+def test_every_answer_goes_on_where_it_was(play, wrong, reason):
     def fault(rank: PlayedRank, step: Step) -> None:
         if rank.epoch < 3 and rank.rank == 1 and step.number == 5:
             wrong(rank, step)
@@ -215,7 +215,7 @@ def test_every_answer_goes_on_where_it_was(play, wrong, said):
     assert stage.starts == [0, 1, 2, 3]
     state = group.state
     assert (state.phase, state.epoch, state.rank, state.recoveries) == ("ok", 3, 1, 3)
-    assert said in state.reason
+    assert reason in state.reason
     assert group.load == {"running": 0, "waiting": 0}
 
 
@@ -265,8 +265,8 @@ def test_ranks_that_work_can_be_ended_between_steps(play):
     group._reform = note_and_end
     clients = [Client(group, f"{n}", 400 + n, (n, 7)) for n in range(5)]  # two of them wait
     for number in range(1, 6):  # more often than a request may be there when a group is lost
-        given = sum(len(c.tokens) for c in clients)
-        until(lambda: sum(len(c.tokens) for c in clients) > given)  # noqa: B023
+        tokens = sum(len(c.tokens) for c in clients)
+        until(lambda: sum(len(c.tokens) for c in clients) > tokens)  # noqa: B023
         group.reform(f"machine {number} is back")
         until(lambda: stage.starts[-1] == number)  # noqa: B023
         until(lambda: group.state.phase == "ok")
@@ -327,12 +327,12 @@ def test_a_request_that_ends_the_ranks_is_ended_and_the_others_go_on(play):
 
 def test_who_left_while_ranks_are_started_is_not_asked_for_again(play):
     started = threading.Event()
-    asked = []
+    admitted = []
 
     def fault(rank: PlayedRank, step: Step) -> None:
         if rank.epoch == 0 and step.number == 4:
             leave(rank, step)
-        asked.extend((rank.epoch, request.id) for request in step.admitted)
+        admitted.extend((rank.epoch, request.id) for request in step.admitted)
 
     group, stage = play(fault)
     plain = stage.start
@@ -349,7 +349,7 @@ def test_who_left_while_ranks_are_started_is_not_asked_for_again(play):
     started.set()
     assert stays.wait() == stays.expected
     assert late.wait() == late.expected
-    assert {name for epoch, name in asked if epoch == 1} == {"stays", "late"}
+    assert {name for epoch, name in admitted if epoch == 1} == {"stays", "late"}
     assert len(gone.tokens) < 20
 
 

@@ -111,7 +111,7 @@ events = st.one_of(
 
 @given(st.lists(events, max_size=30))
 def test_whatever_happens_epochs_grow_and_rows_are_bounded(happened):
-    state, asked = RecoveryState(), 0
+    state, last_epoch = RecoveryState(), 0
     for event in happened:
         new = apply(state, event)
         assert new.epoch >= state.epoch
@@ -119,10 +119,10 @@ def test_whatever_happens_epochs_grow_and_rows_are_bounded(happened):
         match next_action(new):
             case StartRanks(epoch, _):
                 assert epoch == new.epoch + 1
-                asked = epoch
+                last_epoch = epoch
             case ServeRequests():
                 assert new.phase == "ok"
             case FailGroup():
                 assert new.phase == "failed"
         state = new
-    assert asked <= state.epoch + 1
+    assert last_epoch <= state.epoch + 1

@@ -97,14 +97,14 @@ def test_floats_count_what_integers_do():
     ways = [math.comb(16, j) for j in range(17)]
     total, below, expected = math.comb(48, 33), 0, 0.0
     for level in range(17):
-        here = sum(
+        count = sum(
             ways[a] * ways[b] * ways[33 - a - b]
             for a in range(min(16, level) + 1)
             for b in range(min(16, 2 * level) + 1)
             if 0 <= 33 - a - b <= min(16, level)
         )
-        expected += level * (here - below) / total
-        below = here
+        expected += level * (count - below) / total
+        below = count
     assert fast == pytest.approx(expected, rel=1e-9)
 
 

@@ -15,7 +15,7 @@ from cenacle.cluster.security.identity import Authority, Identity
 from cenacle.cluster.security.pairing import Tokens, channel_bound_proof
 from cenacle.errors import ClusterError, InputError
 
-SAID = (b"j" * 16, b"h" * 16, b"certificate", b"what is sent")
+TRANSCRIPT = (b"j" * 16, b"h" * 16, b"certificate", b"what is sent")
 
 
 def modes(folder):
@@ -35,20 +35,20 @@ def test_a_token_is_valid_until_it_expires():
     now = [100.0]
     tokens = Tokens(lambda: now[0], life_s=60)
     token, other = tokens.issue(), tokens.issue()
-    proof = channel_bound_proof(token, "joiner", *SAID)
-    assert tokens.find(proof, *SAID) == token != other
+    proof = channel_bound_proof(token, "joiner", *TRANSCRIPT)
+    assert tokens.find(proof, *TRANSCRIPT) == token != other
     now[0] += 59
-    assert tokens.find(proof, *SAID) == token, "several machines may use one"
+    assert tokens.find(proof, *TRANSCRIPT) == token, "several machines may use one"
     now[0] += 2
     with pytest.raises(ClusterError, match="has expired"):
-        tokens.find(proof, *SAID)
+        tokens.find(proof, *TRANSCRIPT)
 
 
 @pytest.mark.parametrize("changed", range(4))
 def test_a_proof_is_bound_to_its_connection(changed):
     tokens = Tokens(lambda: 0.0)
-    proof = channel_bound_proof(tokens.issue(), "joiner", *SAID)
-    other = [*SAID]
+    proof = channel_bound_proof(tokens.issue(), "joiner", *TRANSCRIPT)
+    other = [*TRANSCRIPT]
     other[changed] = other[changed][:-1] + b"x"
     with pytest.raises(ClusterError, match="wrong"):
         tokens.find(proof, *other)
@@ -57,7 +57,7 @@ def test_a_proof_is_bound_to_its_connection(changed):
 def test_a_proof_is_bound_to_one_side():
     tokens = Tokens(lambda: 0.0)
     with pytest.raises(ClusterError, match="wrong"):
-        tokens.find(channel_bound_proof(tokens.issue(), "head", *SAID), *SAID)
+        tokens.find(channel_bound_proof(tokens.issue(), "head", *TRANSCRIPT), *TRANSCRIPT)
 
 
 def test_only_the_owner_can_read_the_files(tmp_path):
@@ -115,10 +115,10 @@ def handshake(client: ssl.SSLContext, server: ssl.SSLContext, name: str | None) 
     return None if der is None else identities.node_id_of_certificate(der)
 
 
-def node(folder, authority, who="ab12"):
+def node(folder, authority, node_id="ab12"):
     key = identities.new_key()
     return identities.store_node_identity(
-        folder, key, authority.sign(identities.certificate_request(key), who)
+        folder, key, authority.sign(identities.certificate_request(key), node_id)
     )
 
 

@@ -21,7 +21,7 @@ from support.harmony_model import TEMPLATE as HARMONY
 from support.scripted_app import DEMO, ScriptedServer
 
 HANG = "{% if messages[-1].content == 'hang' %}{{ CODE }}{% endif %}{{ messages[-1].content }}"
-ASK = [{"role": "user", "content": "Why?"}]
+MESSAGES = [{"role": "user", "content": "Why?"}]
 POWER = "{% set n = messages | length + 8 %}{{ n ** (n ** n) }}"  # holds the interpreter
 # Cubic in the length of a text, and each step is below the limit of the library.
 SLOW_PATTERN, PANIC_PATTERN = "a.*a.*[bc]", "(?=a)(?:a?a?)*[bc]"
@@ -62,7 +62,7 @@ def test_the_process_gives_the_same(isolated, tmp_path):
     call = {"function": {"name": "weather", "arguments": {"place": "Oslo", "é": [1, None]}}}
     messages = [
         {"role": "system", "content": "Be\n\tbrief. 🙂"},
-        *ASK,
+        *MESSAGES,
         {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": [call]},
         {"role": "tool", "content": "rain", "tool_call_id": None},
         {"role": "assistant", "content": "It is"},
@@ -73,8 +73,8 @@ def test_the_process_gives_the_same(isolated, tmp_path):
         "{% generation %}{{ messages[-1].content }}{% endgeneration %}"
     )
     for source in (template, HARMONY):
-        there = isolated(source)
-        here = ChatTokenizer(folder_of(tmp_path / f"here-{len(source)}", source), {})
+        in_worker = isolated(source)
+        in_process = ChatTokenizer(folder_of(tmp_path / f"here-{len(source)}", source), {})
         tools = [Tool("weather", "", {"type": "object"})]
         for options in (
             {},
@@ -82,9 +82,9 @@ def test_the_process_gives_the_same(isolated, tmp_path):
             {"reasoning": True},
             {"continue_final_message": True},
         ):
-            assert there.render(messages, **options) == here.render(messages, **options)
+            assert in_worker.render(messages, **options) == in_process.render(messages, **options)
     for text in ("", " a  b\n", "<|im_start|>user é🙂\0", "x" * 100_000):
-        assert there.encode(text) == here.encode(text)
+        assert in_worker.encode(text) == in_process.encode(text)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_template_costs_one_request(isolated, code):
         text.render([{"role": "user", "content": "hang"}])
     assert caught.value.field == "messages"
     assert len(str(caught.value)) < 2000
-    assert text.decode(text.render(ASK)) == "Why?"
+    assert text.decode(text.render(MESSAGES)) == "Why?"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_process_started_early_is_the_one_that_works(tmp_path, monkeypatch):
     assert len(started) == 1
     try:
         text.isolate()
-        assert text.render(ASK) == text.encode(ASK[0]["content"])
+        assert text.render(MESSAGES) == text.encode(MESSAGES[0]["content"])
         assert len(started) == 1
         assert started[0].poll() is None
     finally:

@@ -20,8 +20,8 @@ def detokenizer_of(words):
 
 def pieces(words, stop=(), end=True):
     stream = TextStream(detokenizer_of(words), stop, (SILENT,))
-    given = [stream.add(i + 1) for i in range(len(words))]
-    return [*given, stream.finish()] if end else given, stream
+    pieces = [stream.add(i + 1) for i in range(len(words))]
+    return [*pieces, stream.finish()] if end else pieces, stream
 
 
 def text_before(text: str, stop) -> str:

@@ -55,11 +55,11 @@ class Server:
     """Answers with `view`, or fails with it; leaves out what the client has."""
 
     def __init__(self):
-        self.view, self.asked = deepcopy(VIEW), []
+        self.view, self.requests = deepcopy(VIEW), []
 
     def get(self, path, parameters):
         assert path == "/cluster"
-        self.asked.append(parameters)
+        self.requests.append(parameters)
         if isinstance(self.view, Exception):
             raise self.view
         view = json.loads(json.dumps(self.view))
@@ -149,7 +149,7 @@ def test_a_picture_fits_the_terminal(watched, width, height):
 
 def test_what_is_known_is_not_asked_for_again(server, watched):
     watched.update()
-    assert server.asked == [
+    assert server.requests == [
         {"placement": "", "steps": "", "timeline": ""},
         {"placement": "p", "steps": "5", "timeline": "v"},
     ]

@@ -887,7 +887,7 @@ def test_chat_agents_tools_and_calls_reach_the_model(client: str) -> None:
 
 
 def test_messages_of_other_agents_are_read() -> None:
-    said = {
+    message = {
         "type": "agent_message",
         "author": "/agents",
         "recipient": "/agents/a",
@@ -896,7 +896,7 @@ def test_messages_of_other_agents_are_read() -> None:
             {"type": "encrypted_content", "encrypted_content": "x"},
         ],
     }
-    request = ResponsesAdapter().parse(json.dumps({"input": [said]}).encode(), SERVED)
+    request = ResponsesAdapter().parse(json.dumps({"input": [message]}).encode(), SERVED)
     expected = {"role": "user", "content": "Message from /agents:\nLook at b.py"}
     assert request.prompts == ((expected,),)
 

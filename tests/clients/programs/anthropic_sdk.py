@@ -47,9 +47,9 @@ class Person(BaseModel):
     age: Literal[36]
 
 
-asked = [{"role": "user", "content": "play:person"}]
+question = [{"role": "user", "content": "play:person"}]
 parsed = client.messages.parse(
-    model="scripted", max_tokens=512, messages=asked, output_format=Person
+    model="scripted", max_tokens=512, messages=question, output_format=Person
 )
 assert parsed.parsed_output == Person(name="Ada", age=36)
 assert client.models.list().data

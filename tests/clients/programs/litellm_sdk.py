@@ -18,18 +18,18 @@ class Person(BaseModel):
 
 city = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 tools = [{"type": "function", "function": {"name": "get_weather", "parameters": city}}]
-asked = [{"role": "user", "content": "play:weather in Paris?"}]
+question = [{"role": "user", "content": "play:weather in Paris?"}]
 for model, base in (
     ("openai/scripted", f"{url}/v1"),
     ("hosted_vllm/scripted", f"{url}/v1"),
     ("anthropic/scripted", url),
 ):
     common = {"model": model, "api_base": base, "api_key": "local", "tools": tools}
-    first = litellm.completion(messages=asked, **common).choices[0].message
+    first = litellm.completion(messages=question, **common).choices[0].message
     call = first.tool_calls[0]
     assert call.function.name == "get_weather", model
     result = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
-    messages = [*asked, first.model_dump(exclude_none=True), result]
+    messages = [*question, first.model_dump(exclude_none=True), result]
     chunks = list(litellm.completion(messages=messages, stream=True, **common))
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert text == "It is sunny in Paris.", (model, text)

@@ -32,8 +32,8 @@ with client.chat.completions.stream(model="scripted", messages=messages, tools=t
     answer = stream.get_final_completion()
 assert answer.choices[0].message.content == "It is sunny in Paris."
 
-asked = [{"role": "user", "content": "play:person"}]
-parsed = client.chat.completions.parse(model="scripted", messages=asked, response_format=Person)
+question = [{"role": "user", "content": "play:person"}]
+parsed = client.chat.completions.parse(model="scripted", messages=question, response_format=Person)
 assert parsed.choices[0].message.parsed == Person(name="Ada", age=36)
 
 tools = [{"type": "function", **function}]
