@@ -12,7 +12,7 @@ from test_group_drafts import answer, require_same
 from cenacle.collective.single import SingleRank
 from cenacle.core.request import Request, Sampling
 from cenacle.core.step import PrefixReuse, PromptChunk, Step
-from cenacle.engine.cache.kv_cache import can_reuse, can_trim
+from cenacle.engine.cache.kv_cache import can_trim
 from cenacle.engine.cache.ragged_cache import can_be_ragged, extract_sequence, merge_ragged
 from cenacle.engine.cache.state_rewinder import can_drop, make_rewinder
 from cenacle.engine.engine import Engine
@@ -23,7 +23,9 @@ from cenacle.model.families import family_of
 from cenacle.model.request_caches import install_request_attention
 from cenacle.model.step_timer import StepTimer
 
-FAMILIES = ("qwen3_next", "qwen3_5_moe", "nemotron_h", "qwen4_exp")
+STATES = ("qwen3_next", "qwen3_5_moe", "nemotron_h")
+GROUPS = (*STATES, "deepseek_v4", "qwen4_exp")
+FAMILIES = (*GROUPS, "glm5_next")
 TEXT = [(37 * i * i + 11 * i + 5) % 500 for i in range(24)]
 
 
@@ -57,9 +59,9 @@ def test_one_sequence(model, dropped):
     assert mx.allclose(got, logits_after(model, [*TEXT[:kept], 77]), atol=1e-4)
 
 
+@pytest.mark.parametrize("model", GROUPS, indirect=True)
 def test_several_sequences_that_keep_different_numbers(model):
-    if not can_be_ragged(model):
-        pytest.skip("its requests draft alone")
+    assert can_be_ragged(model)
     rewinder, texts, sequences = make_rewinder(model), (TEXT, TEXT[::-1], TEXT[3:]), []
     for text in texts:
         sequences.append(make_prompt_cache(model))
@@ -76,9 +78,13 @@ def test_several_sequences_that_keep_different_numbers(model):
         assert mx.allclose(alone, logits_after(model, [*expected, 8]), atol=1e-4)
 
 
+@pytest.mark.parametrize("model", STATES, indirect=True)
 @pytest.mark.parametrize("count", [1, 3])
 def test_answers_are_the_same_with_and_without_drafts(model, count):
-    """Texts of two words, so that the model often agrees with what came before, and often not."""
+    """Texts of two words, so that the model often agrees with what came before, and often not.
+
+    Other families' answers: test_mtp.py, test_group_drafts.py.
+    """
     words = {40: 50.0, 41: 50.0}
     requests = [
         Request(f"r{i}", (40, 41, 40), 24, (), Sampling(seed=i, temperature=1.0, logit_bias=words))
@@ -91,10 +97,9 @@ def test_answers_are_the_same_with_and_without_drafts(model, count):
     assert fewer < steps
 
 
+@pytest.mark.parametrize("model", STATES, indirect=True)
 def test_an_answer_with_drafts_is_kept_to_its_last_token(model):
     """States can be used again only as they are at its end."""
-    if not can_reuse(model):
-        pytest.skip("its caches are of one request")
     repeating = Sampling(seed=1, logit_bias={7: 100.0})
     first = Request("a", (1, 2, 3, 4, 1, 2, 3, 4), 21, (), repeating)
     text = tuple(e.token for e in answer(model, [first], "off")[0]["a"])

@@ -12,7 +12,7 @@ import cenacle
 from support.mtp_checkpoint import write_mtp
 
 # One of each kind of cache; tests/mlx/test_mtp.py has all.
-FAMILIES = ("deepseek_v32", "glm4_moe_lite", "qwen3_5_moe", "nemotron_h", "qwen4_exp")
+FAMILIES = ("deepseek_v32", "glm4_moe_lite", "qwen3_5_moe", "nemotron_h", "deepseek_v4")
 PROMPT = [5, 80, 200, 17, 9]
 DIGITS = LLMatcher.grammar_from_regex("[0-9]{20}")
 REQUESTS = (

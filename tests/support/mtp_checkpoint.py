@@ -17,8 +17,10 @@ from cenacle.model.mtp import FORMS
 from cenacle.model.synth import synth
 from cenacle.model.zoo_drafters import ZOO_DRAFTERS
 
-OUTPUTS = ("o_proj", "out_proj", "down_proj", "dense", "fc2", "fc2_latent_proj")
+OUTPUTS = ("o_proj", "out_proj", "down_proj", "dense", "fc2", "fc2_latent_proj", "wo_b")
 EMBEDDINGS = ("embed_tokens.weight", "word_embeddings.weight", "embeddings.weight")
+EMBEDDING_PATHS = ("fc_embedding.weight", "e_proj.weight")  # where two projections join inputs
+HIDDEN_PATHS = ("fc_hidden.weight", "h_proj.weight")
 PLE_OUTPUTS = ("ple.value_proj.weight", "ple.conv1d.weight")  # of qwen4_exp
 LOW_NORMS = (
     "layernorm",
@@ -106,15 +108,16 @@ def _write_zoo(folder: Path, family: str, skill: str, loudness: float) -> Path:
             tensors[name] = array + 0.1 * noise * (skill == "random")
         elif path == "eh_proj.weight":
             tensors[name] = _joining_weight(array.shape[0], skill)
-        elif path in ("fc_embedding.weight", "fc_hidden.weight") and skill == "trained":
-            tensors[name] = mx.eye(array.shape[0]) * (path == "fc_embedding.weight")
+        elif path in EMBEDDING_PATHS + HIDDEN_PATHS and skill == "trained":
+            tensors[name] = mx.eye(array.shape[0]) * (path in EMBEDDING_PATHS)
         else:
             tensors[name] = noise / array.shape[-1] ** 0.5
     if skill == "trained":
         _train(tensors, prefix, loudness)
-        for module in ("hyper_connection_mixer",):  # the last one before the output head
-            for name in [name for name in tensors if f".model.{module}." in name]:
-                tensors[prefix + name.partition(".model.")[2]] = tensors[name]
+        last = ZOO_DRAFTERS[family].streams or "none"  # what mixes streams for the output head
+        for name in [name for name in tensors if f".model.{last}." in name]:
+            path = ZOO_DRAFTERS[family].name_in_files(name.partition(".model.")[2])
+            tensors[prefix + path] = tensors[name]
     mx.save_safetensors(str(file), tensors, metadata={"format": "mlx"})
     return folder
 

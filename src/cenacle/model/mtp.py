@@ -55,6 +55,7 @@ class MtpForm:
         one_layer: keys of the config of such a model; called with the language model's.
         has_low_norms: published norms are stored less 1, those of files that MLX wrote are not.
         is_zoo: mlx-vlm's drafter is the layer, see `zoo_drafters.py`; then `own` is not read.
+        other_form: a key of configs whose layer is none of this form.
     """
 
     prefixes: tuple[str, ...]
@@ -66,13 +67,20 @@ class MtpForm:
     one_layer: Callable[[Config], Config] = lambda _: {}
     has_low_norms: bool = False
     is_zoo: bool = False
+    other_form: str = ""
 
     def prefix_in(self, checkpoint: Checkpoint) -> str | None:
         """The prefix that a checkpoint has; None: it has no layer of this form."""
+        if self.is_other(checkpoint.config):
+            return None
         for prefix in self.list_prefixes(checkpoint.config):
             if all(f"{prefix}{name}.weight" in checkpoint.tensors for name in self.needed):
                 return prefix
         return None
+
+    def is_other(self, config: Config) -> bool:
+        """Whether a checkpoint's layer is of another form."""
+        return bool(self.other_form) and bool(text_config(config).get(self.other_form))
 
     def list_prefixes(self, config: Config) -> tuple[str, ...]:
         """`prefixes`, with the number of a model's layers."""
@@ -169,6 +177,25 @@ _NEMOTRON = MtpForm(
     needed=("layers.0.eh_proj", "layers.0.enorm", "layers.0.hnorm", "layers.0.norm"),
     one_layer=_nemotron_layers,
 )
+_DEEPSEEK_V4 = MtpForm(
+    prefixes=("mtp.0.", "mtp.1.", "mtp."),
+    layer="",
+    own={},
+    needed=("e_proj", "h_proj", "enorm", "hnorm", "attn_norm", "norm"),
+    is_zoo=True,
+    other_form="dspark_target_layer_ids",
+)
+_GLM5_NEXT = MtpForm(
+    prefixes=(
+        "model.language_model.layers.{layers}.",
+        "language_model.model.layers.{layers}.",
+        "model.layers.{layers}.",
+    ),
+    layer="",
+    own={},
+    needed=("eh_proj", "enorm", "hnorm", "input_layernorm"),
+    is_zoo=True,
+)
 _HY_V4 = MtpForm(
     prefixes=("model.mtp_layers.0.",),
     layer="",
@@ -187,8 +214,10 @@ FORMS = {
     "bailing_moe": _BAILING,
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v32": _DEEPSEEK,
+    "deepseek_v4": _DEEPSEEK_V4,
     "glm4_moe": _DEEPSEEK,
     "glm4_moe_lite": _DEEPSEEK,
+    "glm5_next": _GLM5_NEXT,
     "glm_moe_dsa": _DEEPSEEK,
     "hy_v4": _HY_V4,
     "nemotron_h": _NEMOTRON,
@@ -205,9 +234,14 @@ _SHARED = re.compile(
     r"(embed_tokens|word_embeddings|embeddings|norm|lm_head)\.\w+"
 )
 _ZOO_SHARED = re.compile(
-    r"(?:model\.|language_model\.)*(?P<kind>embed_tokens|lm_head)\.(?P<leaf>\w+)"
+    r"(?:model\.|language_model\.)*(?P<kind>embed_tokens|embed|lm_head|head)\.(?P<leaf>\w+)"
 )
-_ZOO_PATHS = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+_ZOO_PATHS = {
+    "embed_tokens": "model.embed_tokens",
+    "embed": "model.embed_tokens",
+    "lm_head": "lm_head",
+    "head": "lm_head",
+}
 _EMBEDDINGS = ("embed_tokens", "word_embeddings", "embeddings")
 _EPS = ("rms_norm_eps", "layer_norm_epsilon")
 _NUMBER = re.compile(r"(?<=layers\.)\d+(?=\.)")
@@ -242,7 +276,9 @@ def describe_unused(checkpoint: Checkpoint, family: str) -> str | None:
     if has_mtp(checkpoint, family) or not (count := _count_layers_tensors(checkpoint)):
         return None
     reason = f"drafts with that of {family} are not supported"
-    if family in FORMS:
+    if family in FORMS and FORMS[family].is_other(checkpoint.config):
+        reason = f"it has {FORMS[family].other_form}, a form that is not supported"
+    elif family in FORMS:
         reason = "it is not complete" if checkpoint.gguf is None else "GGUF files are read without"
     return f"the layer for multi-token prediction ({count} tensors) is not used: {reason}"
 
@@ -327,17 +363,19 @@ def _config_of_layer(config: Config, form: MtpForm, prefix: str) -> Config:
 
 def _rename(checkpoint: Checkpoint, form: MtpForm, prefix: str) -> dict[str, str]:
     names: dict[str, str] = {}
+    if form.is_zoo:
+        for name in checkpoint.tensors:
+            if name.startswith(prefix):
+                names[name] = f"{form.inside}{name.removeprefix(prefix)}"
+            elif (match := _ZOO_SHARED.fullmatch(name)) is not None:
+                names[name] = f"{_ZOO_PATHS[match['kind']]}.{match['leaf']}"
+        return names
     for name in checkpoint.tensors:
         if name.startswith(prefix):
             # A stack of experts may be a parameter without a name of its own.
             path, _, leaf = name.rpartition(".")
             if (new := form.rename(path, prefix)) is not None:
                 names[name] = f"{new}.{leaf}"
-    if form.is_zoo:
-        for name in checkpoint.tensors:
-            if (match := _ZOO_SHARED.fullmatch(name)) is not None:
-                names[name] = f"{_ZOO_PATHS[match['kind']]}.{match['leaf']}"
-        return names
     kinds = {match[1] for name in names.values() if (match := _SHARED.fullmatch(name))}
     for name in checkpoint.tensors:
         match = _SHARED.fullmatch(name)

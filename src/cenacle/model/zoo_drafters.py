@@ -51,6 +51,22 @@ def _forward_hy_v4(
     return states, states
 
 
+def _forward_glm5_next(
+    drafter: Any, embedded: mx.array, hidden: mx.array, ids: mx.array, caches: list[Any]
+) -> tuple[mx.array, mx.array]:
+    drafter._next_position = 1  # it reads no token at place 0, and its caches begin later
+    head_input, states = drafter._forward_hidden(embedded, hidden, ids, caches)
+    return head_input, states
+
+
+def _forward_deepseek_v4(
+    drafter: Any, embedded: mx.array, hidden: mx.array, ids: mx.array, caches: list[Any]
+) -> tuple[mx.array, mx.array]:
+    drafter._next_position = None  # then each cache's own
+    head_input, streams = drafter._forward_hidden(embedded, hidden, ids, caches)
+    return head_input, streams.reshape(*streams.shape[:2], -1)
+
+
 @dataclass(frozen=True)
 class ZooDrafter:
     """How mlx-vlm's drafter of a family is called.
@@ -77,6 +93,22 @@ class ZooDrafter:
 
 
 ZOO_DRAFTERS = {
+    "deepseek_v4": ZooDrafter(
+        _forward_deepseek_v4,
+        published=(
+            ("decoder.attn_hc.", "hc_attn_"),
+            ("decoder.ffn_hc.", "hc_ffn_"),
+            ("decoder.ffn.gate.e_score_correction_bias", "ffn.gate.bias"),
+            ("decoder.", ""),
+            ("hc_head.", "hc_head_"),
+        ),
+        streams="hc_head",
+    ),
+    "glm5_next": ZooDrafter(
+        _forward_glm5_next,
+        layers=lambda drafter: [drafter.mtp_block],
+        published=(("mtp_block.", ""), ("shared_head_norm.", "shared_head.norm.")),
+    ),
     "hy_v4": ZooDrafter(
         _forward_hy_v4, published=(("decoder.", ""), ("norm.", "final_layernorm."))
     ),
@@ -139,8 +171,10 @@ class DraftLayer(nn.Module):
         return ZOO_DRAFTERS[self._family].layers(self.drafter)
 
     def make_cache(self) -> list[Any]:
-        """A cache for each layer."""
-        return as_mlx_lm_caches(self.drafter.make_cache())
+        """A cache for each layer; mlx-vlm's own, if it rotates: that can be taken back."""
+        caches: list[Any] = self.drafter.make_cache()
+        converted = as_mlx_lm_caches(caches)
+        return caches if any(hasattr(cache, "max_size") for cache in caches) else converted
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """As mlx-vlm converts the layer's tensors."""

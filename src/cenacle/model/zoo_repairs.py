@@ -39,6 +39,8 @@ def _repair_deepseek_v4() -> None:
         if not windows:
             return cache.update_and_fetch(mx.zeros((x.shape[0], 0, self.head_dim), x.dtype))
         last = kv[:, -ratio:], gate[:, -ratio:]
+        if cache.is_speculating:
+            cache.windows += zip(mx.split(kv, windows, 1), mx.split(gate, windows, 1), strict=True)
         if (previous := getattr(cache, "previous_window", None)) is not None:
             kv, gate = (
                 mx.concatenate([a, b], 1) for a, b in zip(previous, (kv, gate), strict=True)
@@ -50,6 +52,29 @@ def _repair_deepseek_v4() -> None:
         return cache.update_and_fetch(pooled)
 
     _replace_call(language.Compressor, compress_with_previous)
+    pool = language.PoolingCache
+    begin, commit, abort = pool.start_speculation, pool.commit_speculation, pool.abort_speculation
+
+    def start_speculation(self: Any, length: int) -> int:
+        self.windows = [getattr(self, "previous_window", None)]
+        return begin(self, length)
+
+    def commit_speculation(self: Any, lengths: Any, generation: int | None = None) -> None:
+        remainder = self._speculation["remainder"]
+        commit(self, lengths, generation)
+        kept = lengths if isinstance(lengths, int) else int(lengths[0])
+        if len(self.windows) > 1:  # of layers without overlap none are told
+            self.previous_window = self.windows[(remainder + kept) // self.ratio]
+        self.windows = []
+
+    def abort_speculation(self: Any, generation: int | None = None) -> None:
+        if self._speculation is not None:
+            self.previous_window, self.windows = self.windows[0], []
+        abort(self, generation)
+
+    pool.start_speculation = start_speculation  # type: ignore[method-assign]
+    pool.commit_speculation = commit_speculation  # type: ignore[method-assign]
+    pool.abort_speculation = abort_speculation  # type: ignore[method-assign]
 
 
 def _repair_hy_v4() -> None:
