@@ -28,7 +28,7 @@ from typing import IO
 
 import psutil
 
-from .errors import InputError
+from .errors import CheckpointError, InputError
 
 HOME_VARIABLE = "CENACLE_HOME"
 BUNDLED_MODELS = Path(__file__).parent / "demo"
@@ -76,10 +76,31 @@ def resolve_model(model: str) -> str:
 
     `demo` is the model in this package, unless the working folder has a model of that name; any
     other name stays as it is.
+
+    Raises:
+        CheckpointError: the working folder's `demo` cannot be read.
     """
-    if model != DEMO_NAME or _holds_model(Path(model)):
+    if model != DEMO_NAME:
         return model
-    return str(BUNDLED_MODELS / "demo_model")
+    check_readable(Path(model))
+    return model if _holds_model(Path(model)) else str(BUNDLED_MODELS / "demo_model")
+
+
+def check_readable(path: Path) -> None:
+    """Refuse a model's file or folder that exists and that this user may not read.
+
+    Raises:
+        CheckpointError: names the path.
+    """
+    try:
+        mode = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
+        readable = not path.exists() or os.access(path, mode)
+    except PermissionError:  # of a folder above
+        readable = False
+    if not readable:
+        raise CheckpointError(
+            f"{path} cannot be read: permission denied; give this user access to it"
+        )
 
 
 def _holds_model(folder: Path) -> bool:

@@ -22,13 +22,22 @@ from typer.testing import CliRunner
 from cenacle.calibration.validate import COLUMNS
 from cenacle.cli import inference, main
 from cenacle.cli.command import command, option
+from cenacle.cli.early_checks import check_model, check_output
 from cenacle.cli.options import ServingArguments
-from cenacle.errors import InputError
+from cenacle.errors import CheckpointError, InputError
+from cenacle.load_options import LoadOptions
+from cenacle.model.checkpoint import Checkpoint
 from cenacle.paths import HOME_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "src" / "cenacle" / "demo" / "demo_model"
 PAGE = runpy.run_path(str(ROOT / "tools" / "write_cli_docs.py"))
+
+
+def show_help(name, columns):
+    """What `cenacle NAME --help` prints."""
+    arguments, environment = [*name.split()[1:], "-h"], {"COLUMNS": str(columns)}
+    return CliRunner().invoke(main.make_app(), arguments, env=environment).output
 
 
 def run_cenacle(*arguments, **environment):
@@ -50,6 +59,27 @@ def all_commands():
 def test_the_page_of_the_command_line_is_current():
     page = (ROOT / "docs" / "cli.md").read_text()
     assert page == PAGE["render_page"](), "run `make docs`"
+
+
+def test_help_fits_narrow_terminals(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    root, commands = typer.main.get_command(main.make_app()), all_commands()
+    for name in ("cenacle", *commands):
+        root.main([*name.split()[1:], "-h"], prog_name="cenacle", standalone_mode=False)
+        text = capsys.readouterr().out
+        assert max(map(len, text.splitlines())) <= 40, name
+        for param in commands[name].params if name in commands else ():
+            is_option = param.param_type_name == "option"
+            for shown in param.opts if is_option else [param.metavar or param.name.upper()]:
+                assert shown in text, name
+
+
+def test_help_shows_brackets_and_no_value_of_flags():
+    text = show_help("cenacle serve", 100)
+    assert "`cenacle[otel]`" in text
+    assert "bool>" not in text
+    assert "[default: 8080]" in text
+    assert "[default: 8080;" in show_help("cenacle serve", 40)
 
 
 @pytest.mark.parametrize("name", all_commands())
@@ -241,6 +271,31 @@ def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
     result = run_cenacle("synth", "--family", "dbrx", "--out", str(out))
     assert result.returncode == 1
     assert result.stderr == f"error: {out}: Not a directory\n"
+
+
+def test_a_file_is_refused_before_minutes_of_work_whose_result_it_could_not_hold(tmp_path):
+    check_output(tmp_path / "new" / "folders" / "x.toml", "out")
+    check_output(None, "out")
+    (tmp_path / "file").write_text("")
+    check_output(tmp_path / "file", "out")  # it is replaced
+    with pytest.raises(InputError, match=r"^--out: expected a file, got the folder "):
+        check_output(tmp_path, "out")
+    with pytest.raises(InputError, match=r"^--out: cannot write .*/file/x"):
+        check_output(tmp_path / "file" / "x", "out")
+
+
+def test_what_this_user_may_not_read_is_one_sentence(tmp_path, monkeypatch):
+    """Tests may run as root, who may read all."""
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cenacle.paths.os.access", lambda path, mode: path != Path("demo"))
+    refusal = "^demo cannot be read: permission denied; give this user access to it$"
+    for refused in (check_model, LoadOptions, lambda name: Checkpoint.open(Path(name))):
+        with pytest.raises(CheckpointError, match=refusal):
+            refused("demo")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="file: expected a model's folder, got a file"):
+        Checkpoint.open(tmp_path / "file")
 
 
 # Nothing that takes seconds may be imported before these are refused.

@@ -17,7 +17,8 @@ from ..core.emulation import EmulatedMachines, parse_emulation
 from ..extras import import_extra
 from .command import command, expand_dataclasses, format_example, option
 from .console import print_json, report, wide_console
-from .early_checks import check_model
+from .early_checks import check_model, check_output
+from .help import Group
 from .options import (
     BACKEND_HELP,
     KERNELS_HELP,
@@ -31,7 +32,7 @@ from .options import (
     parse_int_list,
 )
 
-app = typer.Typer(invoke_without_command=True)
+app = typer.Typer(cls=Group, invoke_without_command=True)
 THREADS_HELP = "CPU threads per node. Default: an equal share of the cores."
 
 
@@ -215,6 +216,7 @@ def ablation(
     )
     if out is not None:
         import_extra("matplotlib", "plots")  # before minutes of measuring
+        check_output(out / "plot", "out")
     result = schedule_ablation.run_ablation(request, report)
     if out is not None:
         result["plots"] = [str(path) for path in plot.save_figure(result, out)]

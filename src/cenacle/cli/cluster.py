@@ -320,7 +320,7 @@ def join(
     head: Annotated[
         str | None,
         typer.Argument(
-            metavar="[HOST:PORT]",
+            metavar="HOST:PORT",
             help="Address of the head. Default: as before; with --token, found by mDNS.",
         ),
     ] = None,

@@ -23,6 +23,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import CenacleError
+from .help import Command
 
 PLACEHOLDERS = {int: "N", float: "X", str: "TEXT", Path: "PATH", list[str]: "TEXT"}
 
@@ -55,12 +56,13 @@ def command(
         panel: heading under which the help of `app` lists the command.
     """
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
+    def add(function: Callable[..., None]) -> Callable[..., None]:
         epilog = format_example(example)
-        app.command(name, epilog=epilog, rich_help_panel=panel)(expand_dataclasses(function))
+        register = app.command(name, cls=Command, epilog=epilog, rich_help_panel=panel)
+        register(expand_dataclasses(function))
         return function
 
-    return register
+    return add
 
 
 def format_example(example: str) -> str:

@@ -8,19 +8,20 @@ Invariant: refuses only what loading would refuse too, and in the same words.
 from __future__ import annotations
 
 import difflib
+import os
 from itertools import islice
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..errors import CheckpointError, InputError
 from ..extras import is_installed
-from ..paths import resolve_model
+from ..paths import check_readable, resolve_model
 
 MAX_NEIGHBORS = 1000  # of a folder's files that are compared
 
 
 def check_model(model: str) -> str:
-    """Refuse a path that does not exist.
+    """Refuse a path that does not exist or cannot be read.
 
     Args:
         model: a path, the name of a Hub repository, or `demo`.
@@ -29,10 +30,12 @@ def check_model(model: str) -> str:
         The path or the name; see `paths.resolve_model`.
 
     Raises:
-        CheckpointError: neither can be; the message has the nearest paths, at most three.
+        CheckpointError: neither can be, and the message has the nearest paths, at most three; or
+            this user may not read it.
     """
     model = resolve_model(model)
     path = Path(model).expanduser()
+    check_readable(path)
     if path.exists() or (model.count("/") == 1 and not model.startswith((".", "/", "~"))):
         return model
     near = find_similar_paths(path)
@@ -50,6 +53,31 @@ def find_similar_paths(path: Path, count: int = 3) -> list[str]:
         return []
     names = [name for name in names if not name.startswith(".")]
     return [str(path.parent / name) for name in difflib.get_close_matches(path.name, names, count)]
+
+
+def check_output(path: Path | None, option: str) -> None:
+    """Refuse a file that could not be written when minutes of work are over.
+
+    Args:
+        path: of it; None: there is none.
+        option: that names it.
+
+    Raises:
+        InputError: it is a folder, or this user may not write it.
+    """
+    if path is None:
+        return
+    path = path.absolute()
+    try:
+        if path.is_dir():
+            raise InputError(f"--{option}: expected a file, got the folder {path}", option)
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        is_place = existing == path or existing.is_dir()
+        writable = is_place and os.access(existing, os.W_OK | os.X_OK * existing.is_dir())
+    except PermissionError:
+        writable = False
+    if not writable:
+        raise InputError(f"--{option}: cannot write {path}; choose another place", option)
 
 
 def check_otlp_endpoint(url: str) -> None:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 PANEL = "Run a model"
+MIN_TOKENS_FOR_SPEED = 4
 CHAT_SAMPLING = SamplingArguments(max_tokens=1024, temp=0.7, top_p=0.95)
 
 
@@ -100,10 +101,13 @@ def generate(
             return
         print(completion.text)
         nodes = f"{completion.nodes} node{'s' * (completion.nodes > 1)}"
+        count = len(completion.tokens)
+        # Drafts bring several tokens at once: a few tell no speed.
+        speed = f", {completion.tok_per_s:.1f} tok/s" * (count >= MIN_TOKENS_FOR_SPEED)
         report(
-            f"{completion.prompt_tokens} prompt tokens, time to first token "
-            f"{completion.first_token_s:.2f} s; {len(completion.tokens)} tokens generated, "
-            f"{completion.tok_per_s:.1f} tok/s on {nodes}"
+            f"{completion.prompt_tokens} prompt token{'s' * (completion.prompt_tokens > 1)}, time "
+            f"to first token {completion.first_token_s:.2f} s; {count} "
+            f"token{'s' * (count > 1)} generated{speed} on {nodes}"
         )
 
 

@@ -20,12 +20,14 @@ from rich.table import Table
 from ..errors import InputError
 from .command import command
 from .console import given_width, print_json, report, wide_console
+from .help import Group
 from .options import JsonOutput
 
 if TYPE_CHECKING:
     from ..server.access_policy import AccessPolicy
 
 app = typer.Typer(
+    cls=Group,
     help="Manage the API keys of this user's servers.",
     no_args_is_help=True,
     rich_markup_mode="rich",

@@ -25,6 +25,7 @@ import typer
 from ..errors import CenacleError
 from ..paths import use_private_temp_dir
 from .console import discard_output, print_error, report_interrupt
+from .help import Group
 
 # The commands of each module, in the order of the help; a name of its own: a group of commands.
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -80,8 +81,10 @@ def make_app(command: str = "") -> typer.Typer:
     """
     app = typer.Typer(
         name="cenacle",
+        cls=Group,
         help="Serve Mixture-of-Experts models from one or several machines.",
         no_args_is_help=True,
+        context_settings={"help_option_names": ["-h", "--help"]},
         epilog="`cenacle COMMAND --help` shows the options of a command and an example.",
         rich_markup_mode="rich",
         pretty_exceptions_enable=False,

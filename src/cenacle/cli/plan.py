@@ -18,7 +18,7 @@ from ..errors import CheckpointError, InputError, PlanError
 from ..paths import catalog_dir, resolve_model
 from .command import command, option
 from .console import print_json, report, wide_console, write_text
-from .early_checks import check_model
+from .early_checks import check_model, check_output
 from .options import JsonOutput, ModelName
 
 if TYPE_CHECKING:
@@ -295,8 +295,9 @@ def calibrate(
     from ..calibration import calibrate as calibration
     from ..planning.catalog import load_catalog
 
-    result = calibration.calibrate(name, nodes, quick, report)
     path = out or catalog_dir() / f"{name}.toml"
+    check_output(path, "out")
+    result = calibration.calibrate(name, nodes, quick, report)
     write_text(path, result.to_toml(), "out")
     load_catalog([path])  # what was written must be readable
     if json_output:
@@ -335,6 +336,7 @@ def validate(
     from ..planning.catalog import CATALOG_DIR, load_catalog
 
     catalog = load_catalog(catalog_files or ())
+    check_output(save, "save")
     if rows is not None:
         measured, errors = validation.read_csv(rows, catalog)
         checks = [validation.validate_one(row, catalog) for row in measured]
@@ -497,6 +499,7 @@ def record_routing(
 ) -> None:
     """Record which experts each token is routed to, and simulate the load on several nodes."""
     model = check_model(model)
+    check_output(out, "out")
     try:
         lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

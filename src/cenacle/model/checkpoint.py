@@ -22,6 +22,7 @@ from typing import Any
 from ..core.model_config import EXPERT_COUNT_KEYS, LAYER_COUNT_KEYS, TOP_K_KEYS, find_int
 from ..core.units import format_bytes
 from ..errors import CheckpointError
+from ..paths import check_readable
 from . import architecture
 from .byte_ranges import is_partial
 from .config_file import read_config, read_quantization_settings
@@ -76,8 +77,10 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is missing, truncated or not what its header says.
         """
+        check_readable(folder)
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: no such folder")
+            what = "expected a model's folder, got a file" if folder.exists() else "no such folder"
+            raise CheckpointError(f"{folder}: {what}")
         check_files(folder)
         config = read_config(folder)
         if (index := GgufIndex.read(folder, config)) is not None:
@@ -268,6 +271,7 @@ def locate_checkpoint(model: str, revision: str | None = None) -> Path:
         CheckpointError: neither a folder with a whole model nor a repository that can be had.
     """
     folder = Path(model).expanduser()
+    check_readable(folder)
     if is_gguf(folder):
         return prepare_folder(folder)
     if folder.exists():

@@ -74,7 +74,9 @@ def read_config(folder: Path) -> Config:
         raise CheckpointError(
             f"{folder} has no config.json; expected a model folder as on the Hugging Face Hub"
         ) from error
-    except (ValueError, OSError) as error:  # not JSON, not UTF-8, a folder
+    except OSError as error:
+        raise CheckpointError(f"{error.filename or file} cannot be read: {error}") from error
+    except ValueError as error:  # not JSON, not UTF-8
         raise CheckpointError(f"{file} is not JSON: {error}") from error
     except (RecursionError, TypeError, AttributeError, KeyError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else repr(error)
