@@ -129,7 +129,8 @@ def main() -> None:
             sys.exit(1)
         if error.filename is None:
             raise
-        print_error(f"{error.filename}: {error.strerror}")
+        hint = "; give this user access to it" if isinstance(error, PermissionError) else ""
+        print_error(f"{error.filename}: {error.strerror}{hint}")
         sys.exit(1)
     except (KeyboardInterrupt, typer.Abort):
         status = 128 + signal.SIGINT
@@ -158,6 +159,9 @@ def _describe_bad_value(error: Any) -> str:
     if (choice := re.fullmatch(r"(.*) is not one of (.*)\.", message)) is not None:
         choices = choice[2].replace("'", "")
         return f"expected {'one of ' * (',' in choices)}{choices}, got {choice[1]}"
+    if (access := re.fullmatch(r"path '(.*)' is not (readable|writable)\.", message)) is not None:
+        verb = {"readable": "read", "writable": "written"}[access[2]]
+        return f"{access[1]} cannot be {verb}; give this user access to it"
     # typer checks values with pydantic, and the cause has the details.
     details = error.__cause__.errors()[0] if error.__cause__ is not None else {}
     expected = EXPECTED.get(details.get("type", ""))
