@@ -26,13 +26,21 @@ from support.published_layouts import (
 )
 from support.quantized_formats import write_safetensors
 
-FAMILIES = ("deepseek_v4", "glm5_next", "hy_v4", "nemotron_h", "qwen4_exp")
+FAMILIES = ("deepseek_v4", "glm5_next", "hy_v4", "inkling", "nemotron_h", "qwen4_exp")
 IDS = [(37 * i * i + 11 * i + 5) % 500 for i in range(40)]
 STREAMS = {"deepseek_v4": "hc_mult", "qwen4_exp": "hc_count"}
+
+
+def publish_inkling(tensors):
+    for name, array in LAYOUTS["inkling"](tensors):
+        yield name.replace("model.llm.mtp.", "model.mtp."), array
+
+
 PUBLISHED = {
     "deepseek_v4": LAYOUTS["deepseek_v4"],
     "glm5_next": LAYOUTS["glm5_next"],
     "hy_v4": hy_v4_stacks,
+    "inkling": publish_inkling,
     "qwen4_exp": qwen4_exp_singles,
 }
 
@@ -45,6 +53,8 @@ def load_reference(checkpoint):
     splitter = get_mtp_splitter(source_config=checkpoint.config)
     text = splitter.read_text_config(checkpoint.config)
     tensors = mx.load(str(checkpoint.files[0]))
+    if "model.mtp.layers.0.embed_norm.weight" in tensors:  # inkling's: the model's, by its name
+        tensors["model.llm.norm.weight"] = tensors["language_model.model.norm.weight"]
     chosen = {n: t for n, t in tensors.items() if splitter.select_keys(n, text)}
     weights = splitter.run_sanitize(splitter.rename(chosen, text), text)
     kind = splitter.draft_model_cls
@@ -64,6 +74,10 @@ def require_same(checkpoint, reference, family, tolerance):
     hidden = mx.random.normal((1, len(IDS), width), key=mx.random.key(1))
     if family == "hy_v4":
         expected = passed_on = drafter._forward_hidden(embedding[ids], hidden, None, None)
+    elif family == "inkling":
+        drafter._input_embed, drafter._cache = lambda ids: embedding[ids], drafter.make_cache()
+        passed_on = drafter._forward_seq(ids, hidden, 0, mx.int32)
+        expected = drafter.norm(passed_on)
     else:
         drafter._next_position = int(family == "glm5_next")  # 0 is the first token of a text
         own_caches = drafter.make_cache()

@@ -98,16 +98,21 @@ def _write_zoo(folder: Path, family: str, skill: str, loudness: float) -> Path:
     splitter = get_mtp_splitter(source_config=config)
     kind = splitter.draft_model_cls
     arguments = kind.__init__.__annotations__["config"]
-    drafter = kind(arguments.from_dict({"text_config": splitter.read_text_config(config)}))
+    text = splitter.read_text_config(config) | ZOO_DRAFTERS[family].settings
+    drafter = kind(arguments.from_dict({"text_config": text}))
     tensors = dict(mx.load(str(file)))
     keys = iter(mx.random.split(mx.random.key(4), 999))
     for path, array in tree_flatten(drafter.parameters()):
+        if path == "norm.weight" and ZOO_DRAFTERS[family].has_models_norm:
+            continue
         name = prefix + ZOO_DRAFTERS[family].name_in_files(path)
         noise = mx.random.normal(array.shape, key=next(keys))
         if array.ndim == 1:  # a norm or a bias
             tensors[name] = array + 0.1 * noise * (skill == "random")
         elif path == "eh_proj.weight":
             tensors[name] = _joining_weight(array.shape[0], skill)
+        elif path.endswith("input_proj.weight"):  # the other way round
+            tensors[name] = mx.roll(_joining_weight(array.shape[0], skill), array.shape[0], axis=1)
         elif path in EMBEDDING_PATHS + HIDDEN_PATHS and skill == "trained":
             tensors[name] = mx.eye(array.shape[0]) * (path in EMBEDDING_PATHS)
         else:

@@ -390,6 +390,8 @@ def _dense_classes(
 
     class DenseModel(base):  # type: ignore[valid-type, misc]
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            if (names := checkpoint.renamed) is not None:
+                weights = {names[name]: weights[name] for name in weights if name in names}
             tensors, layers = _read_rank_tensors(weights, slices, checkpoint, is_read=False)
             convert = getattr(super(), "sanitize", lambda tensors: tensors)
             converted = convert_quantized(

@@ -28,13 +28,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from ..core.model_config import Config, text_config
+from ..core.model_config import EXPERT_COUNT_KEYS, Config, text_config
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
 from .config_file import read_quantization_settings
 from .families import family_of, layer_index
 from .format_recognition import find_quantized_layers
-from .zoo_drafters import PREFIX_KEY, ZOO_DRAFTERS
+from .zoo_drafters import NORM, PREFIX_KEY, ZOO_DRAFTERS
 
 INPUT = "draft_input"  # of a model of one layer; a family's own conversion drops names with "mtp."
 
@@ -203,6 +203,14 @@ _HY_V4 = MtpForm(
     needed=("eh_proj", "enorm", "hnorm", "input_layernorm", "final_layernorm"),
     is_zoo=True,
 )
+_INKLING = MtpForm(
+    prefixes=("model.mtp.layers.0.", "model.mtp."),
+    layer="",
+    own={},
+    needed=("embed_norm", "hidden_norm", "input_proj"),
+    one_layer=lambda config: {key: 0 for key in EXPERT_COUNT_KEYS if key in config},  # dense
+    is_zoo=True,
+)
 _QWEN4 = MtpForm(
     prefixes=("mtp.", "language_model.mtp.", "model.mtp."),
     layer="",
@@ -220,6 +228,7 @@ FORMS = {
     "glm5_next": _GLM5_NEXT,
     "glm_moe_dsa": _DEEPSEEK,
     "hy_v4": _HY_V4,
+    "inkling": _INKLING,
     "nemotron_h": _NEMOTRON,
     "qwen3_5_moe": replace(_QWEN, text_path="language_model."),
     "qwen3_next": _QWEN,
@@ -234,13 +243,16 @@ _SHARED = re.compile(
     r"(embed_tokens|word_embeddings|embeddings|norm|lm_head)\.\w+"
 )
 _ZOO_SHARED = re.compile(
-    r"(?:model\.|language_model\.)*(?P<kind>embed_tokens|embed|lm_head|head)\.(?P<leaf>\w+)"
+    r"(?:model\.|language_model\.|llm\.)*"
+    r"(?P<kind>embed_tokens|embed|lm_head|head|unembed|norm)\.(?P<leaf>\w+)"
 )
 _ZOO_PATHS = {
     "embed_tokens": "model.embed_tokens",
     "embed": "model.embed_tokens",
     "lm_head": "lm_head",
     "head": "lm_head",
+    "unembed": "lm_head",
+    "norm": NORM.removesuffix("."),
 }
 _EMBEDDINGS = ("embed_tokens", "word_embeddings", "embeddings")
 _EPS = ("rms_norm_eps", "layer_norm_epsilon")
@@ -316,7 +328,7 @@ def mtp_checkpoint(checkpoint: Checkpoint, family: str) -> Checkpoint:
     form = FORMS[family]
     prefix = form.prefix_in(checkpoint)
     assert prefix is not None, "see has_mtp"
-    names = _rename(checkpoint, form, prefix)
+    names = _rename(checkpoint, form, prefix, family)
     tensors = {
         new: replace(tensor, name=new)
         for old, tensor in checkpoint.tensors.items()
@@ -361,13 +373,15 @@ def _config_of_layer(config: Config, form: MtpForm, prefix: str) -> Config:
     return config
 
 
-def _rename(checkpoint: Checkpoint, form: MtpForm, prefix: str) -> dict[str, str]:
+def _rename(checkpoint: Checkpoint, form: MtpForm, prefix: str, family: str) -> dict[str, str]:
     names: dict[str, str] = {}
     if form.is_zoo:
         for name in checkpoint.tensors:
             if name.startswith(prefix):
                 names[name] = f"{form.inside}{name.removeprefix(prefix)}"
-            elif (match := _ZOO_SHARED.fullmatch(name)) is not None:
+            elif (match := _ZOO_SHARED.fullmatch(name)) is not None and (
+                match["kind"] != "norm" or ZOO_DRAFTERS[family].has_models_norm
+            ):
                 names[name] = f"{_ZOO_PATHS[match['kind']]}.{match['leaf']}"
         return names
     for name in checkpoint.tensors:
@@ -550,7 +564,7 @@ class ZooHead:
         made, states = self._forward(self.model.drafter, embed(ids), hidden, ids, caches)
         last = made[:, -1] if places is None else at_places(made, places)[:, 0]
         output = self.model.lm_head if "lm_head" in self.model else embed.as_linear
-        return output(last), states
+        return output(last)[..., : self.model.known_tokens], states
 
 
 def at_places(values: mx.array, places: Sequence[int]) -> mx.array:

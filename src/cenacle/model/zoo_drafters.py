@@ -12,7 +12,7 @@ Next: `mtp.py`, which reads such a model and calls it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +26,7 @@ from .zoo_caches import as_mlx_lm_caches
 PREFIX_KEY = "_draft_prefix"
 """Of a config: build its family's drafter, whose tensors have this prefix in published files."""
 LAYER = "model.layers.0."
+NORM = "model.norm."  # of the served model, where the drafter has none
 
 Forward = Callable[[Any, mx.array, mx.array, mx.array, list[Any]], tuple[mx.array, mx.array]]
 """A drafter, embeddings of tokens [batch, length, width], hidden states of the tokens before them,
@@ -59,6 +60,14 @@ def _forward_glm5_next(
     return head_input, states
 
 
+def _forward_inkling(
+    drafter: Any, embedded: mx.array, hidden: mx.array, ids: mx.array, caches: list[Any]
+) -> tuple[mx.array, mx.array]:
+    drafter._input_embed, drafter._cache = lambda _: embedded, caches
+    states = drafter._forward_seq(ids, hidden, 0, ids.dtype)
+    return drafter.norm(states) / drafter._mup, states
+
+
 def _forward_deepseek_v4(
     drafter: Any, embedded: mx.array, hidden: mx.array, ids: mx.array, caches: list[Any]
 ) -> tuple[mx.array, mx.array]:
@@ -76,13 +85,17 @@ class ZooDrafter:
         layers: the decoder layers of a drafter.
         published: beginnings of its parameters' names, and what files have instead.
         streams: the module of the served model whose input it reads; "": it reads hidden states
-            behind the final norm.
+            behind the final norm, or before it, as the model's decoder gives them.
+        settings: keys of its config.
+        has_models_norm: its last norm is that of the served model.
     """
 
     forward: Forward = _forward
     layers: Callable[[Any], list[nn.Module]] = lambda drafter: [drafter.decoder]
     published: tuple[tuple[str, str], ...] = ()
     streams: str = ""
+    settings: Config = field(default_factory=dict)
+    has_models_norm: bool = False
 
     def name_in_files(self, name: str) -> str:
         """What follows the prefix in a file, of a parameter of the drafter."""
@@ -111,6 +124,13 @@ ZOO_DRAFTERS = {
     ),
     "hy_v4": ZooDrafter(
         _forward_hy_v4, published=(("decoder.", ""), ("norm.", "final_layernorm."))
+    ),
+    "inkling": ZooDrafter(
+        _forward_inkling,
+        layers=lambda drafter: [block.transformer_block for block in drafter.blocks],
+        published=(("blocks.0.", ""),),
+        settings={"num_mtp_layers": 1},
+        has_models_norm=True,
     ),
     "qwen4_exp": ZooDrafter(
         layers=lambda drafter: drafter.layers, streams="hyper_connection_mixer"
@@ -148,7 +168,7 @@ class DraftLayer(nn.Module):
         super().__init__()
         config, splitter = arguments
         self._prefix, self._splitter = config[PREFIX_KEY], splitter
-        self._text = splitter.read_text_config(config)
+        self._text = splitter.read_text_config(config) | ZOO_DRAFTERS[self._family].settings
         kind = splitter.draft_model_cls
         arguments_of = kind.__init__.__annotations__["config"].from_dict
         drafter = kind(arguments_of({"text_config": self._text}))
@@ -164,6 +184,12 @@ class DraftLayer(nn.Module):
     def drafter(self) -> Any:
         """mlx-vlm's."""
         return self.model.layers[0]
+
+    @property
+    def known_tokens(self) -> int | None:
+        """Ids that it may draft; None: all."""
+        count: int | None = getattr(self.drafter, "_uv", None)
+        return count
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -185,5 +211,9 @@ class DraftLayer(nn.Module):
         }
         renamed = self._splitter.rename(inside, self._text)
         converted = self._splitter.run_sanitize(renamed, self._text)
-        shared = {n: array for n, array in weights.items() if not n.startswith(LAYER)}
+        shared = {
+            f"{LAYER}{n.removeprefix('model.')}" if n.startswith(NORM) else n: array
+            for n, array in weights.items()
+            if not n.startswith(LAYER)
+        }
         return shared | {LAYER + name: array for name, array in converted.items()}

@@ -89,6 +89,27 @@ def _repair_hy_v4() -> None:
     _replace_call(HyV4Indexer, Indexer.__call__)
 
 
+def _repair_inkling() -> None:
+    """Convolutions tell their caches what they were given, so that it can be taken back."""
+    from mlx_vlm.models.inkling.language import InklingShortConvolution
+
+    convolve = InklingShortConvolution.__call__
+
+    def call(self: Any, x: mx.array, cache: Any = None, *args: Any, **keywords: Any) -> mx.array:
+        is_recording = cache is not None and cache.is_speculating
+        before = cache[self.conv_idx] if is_recording else None
+        output: mx.array = convolve(self, x, cache, *args, **keywords)
+        if is_recording:
+            width = self.kernel_size - 1
+            if before is None:
+                before = mx.zeros((x.shape[0], width, x.shape[-1]), mx.float32)
+            inputs = mx.concatenate([before, x.astype(mx.float32)], axis=1)
+            cache.record_speculative_window(self.conv_idx, inputs, width)
+        return output
+
+    _replace_call(InklingShortConvolution, call)
+
+
 def _repair_glm5_next() -> None:
     """Taking a request out of a batch works where a cache is still empty (a short prompt)."""
     from mlx_vlm.models import cache
@@ -245,6 +266,7 @@ REPAIRS = {
     "deepseek_v4": _repair_deepseek_v4,
     "glm5_next": _repair_glm5_next,
     "hy_v4": _repair_hy_v4,
+    "inkling": _repair_inkling,
     "mistral_large3": _repair_mistral_large3,
     "qwen4_exp": _repair_qwen4_exp,
 }

@@ -60,7 +60,7 @@ _RECURRENCES = {
 }
 
 # Of mlx-vlm, all of whose layers tell their caches what they need to be taken back.
-_RECORDING_FAMILIES = ("deepseek_v4", "glm5_next", "qwen4_exp")
+_RECORDING_FAMILIES = ("deepseek_v4", "glm5_next", "inkling", "qwen4_exp")
 
 
 @dataclass

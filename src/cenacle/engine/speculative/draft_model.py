@@ -227,7 +227,7 @@ class DraftModelConfig:
             return None
         try:
             part = mtp_checkpoint(checkpoint, family)
-            model = loader.build_model(part, None, 0)
+            model = _build_lazily(part)
         except CheckpointError as error:  # the model itself may be whole
             tell(describe_misfit(checkpoint, family, str(error)))
             return None
