@@ -52,8 +52,8 @@ class LoadOptions:
         kernels: "native": Cenacle's own for CPUs; "mlx"; "auto": native where possible.
         activations: "int16" or "int8", inside quantized layers of the native kernels; int8 is less
             exact (docs/performance.md).
-        draft_model: a small model with the same tokenizer, or an EAGLE-3 drafter that was made for
-            the model (folder or Hub repository), for speculative decoding; rank 0 keeps it. None:
+        draft_model: a small model with the same tokenizer, or a drafter that was made for the
+            model (EAGLE-3, DFlash, DSpark), as a folder or Hub repository; rank 0 keeps it. None:
             the checkpoint's multi-token prediction layer drafts, if it has one, and the text
             itself.
         speculative: draft tokens: "auto", while it pays; "always"; "off".

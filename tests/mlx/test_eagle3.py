@@ -154,7 +154,7 @@ def test_what_is_recorded_is_what_its_layers_give(served):
     assert mx.allclose(passes[1], wanted, atol=1e-4)
 
 
-def generate(served, drafter, limit=40, **sampling):
+def generate(served, drafter, limit=25, **sampling):
     """Tokens of a request that runs alone, and the drafts.
 
     Args:
@@ -274,23 +274,26 @@ def test_damaged_tensors_end_in_a_sentence(served, drafters, tmp_path):
             inspect(folder, served)
 
 
-def test_random_damage_never_raises_anything_else(served, drafters, tmp_path):
-    whole, rng = drafters(known=2), random.Random(5)
-    folder = shutil.copytree(whole, tmp_path / "damaged")
-    contents = {name: (whole / name).read_bytes() for name in ("config.json", "model.safetensors")}
-    refused = 0
-    for turn in range(40):
-        for name, content in contents.items():
-            changed = bytearray(content)
-            length = min(len(content), 2500)  # of the weights the header
-            for _ in range(rng.randrange(1, 4) if turn % 2 == (name == "config.json") else 0):
-                changed[rng.randrange(length)] = rng.choice(b'0129[]{}",:-eN\xff')
-            (folder / name).write_bytes(changed)
+def damage_at_random(whole, folder, served, turns=25):
+    """Inspect copies with some other bytes in the config or in the header; how many are refused."""
+    rng, refused = random.Random(5), 0
+    shutil.copytree(whole, folder)
+    for turn in range(turns):
+        name = ("config.json", "model.safetensors")[turn % 2]
+        content = bytearray((whole / name).read_bytes())
+        for _ in range(rng.randrange(1, 4)):
+            content[rng.randrange(min(len(content), 2500))] = rng.choice(b'0129[]{}",:-eN\xff')
+        (folder / name).write_bytes(content)
         try:
             inspect(folder, served)
         except CenacleError:
             refused += 1
-    assert refused > 20
+        shutil.copy(whole / name, folder)
+    return refused
+
+
+def test_random_damage_never_raises_anything_else(served, drafters, tmp_path):
+    assert damage_at_random(drafters(known=2), tmp_path / "damaged", served) > 5
 
 
 @pytest.mark.parametrize(
@@ -317,7 +320,9 @@ def test_forms_are_recognized(config, form):
 
 def test_other_forms_are_refused_with_what_is_supported(served, drafters):
     folder = drafters(architectures=["MedusaModel"])
-    expected = r"a drafter of the form Medusa, which is not supported; expected an ordinary .*EAGLE"
+    expected = (
+        r"a drafter of the form Medusa, which is not supported; expected an ordinary .*EAGLE-3, D"
+    )
     with pytest.raises(InputError, match=expected):
         inspect(folder, served)
     with pytest.raises(InputError, match="that can drop its last tokens"):
@@ -354,5 +359,5 @@ def test_inspect_names_it_and_says_why_it_does_not_fit(served, drafters):
     other = str(drafters(vocab_size=500))
     with pytest.raises(InputError, match="expected 512 token ids, got 500"):
         CliRunner().invoke(make_app(), [*arguments, other], catch_exceptions=False)
-    with pytest.raises(CheckpointError, match=r"an EAGLE-3 drafter, which .*--draft-model"):
+    with pytest.raises(CheckpointError, match=r"a drafter \(EAGLE-3\), which .*--draft-model"):
         read_model_spec(Checkpoint.open(folder))

@@ -137,3 +137,90 @@ def write_eagle3(
     (folder / "config.json").write_text(json.dumps(config | changes))
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
     return folder
+
+
+def write_dflash(
+    folder: Path,
+    served: Path,
+    layers: tuple[int, ...],
+    skill: str = "random",
+    *,
+    is_dspark: bool = False,
+    inner: dict[str, object] | None = None,
+    **changes: object,
+) -> Path:
+    """Write a DFlash drafter for a model of `write_served`, or a DSpark one.
+
+    Args:
+        layers: of the model, whose outputs it reads, from 0.
+        skill: "random", or "trained": a DSpark drafter whose scores of pairs are the model's.
+        inner: changes of `dflash_config`.
+        changes: of config.json.
+    """
+    folder.mkdir(parents=True)
+    text = text_config(json.loads((served / "config.json").read_text()))
+    model = mx.load(str(served / "model.safetensors"))
+    width, vocab_size, count, inner_width = text["hidden_size"], text["vocab_size"], 2, 64
+    keys = iter(mx.random.split(mx.random.key(12), 60))
+
+    def matrix(rows: int, columns: int) -> mx.array:
+        return mx.random.normal((rows, columns), key=next(keys)) / columns**0.5
+
+    def norm(size: int = width) -> mx.array:
+        return 1 + 0.1 * mx.random.normal((size,), key=next(keys))
+
+    tensors = {
+        "fc.weight": matrix(width, len(layers) * width),
+        "hidden_norm.weight": norm(),
+        "norm.weight": norm(),
+    }
+    for layer in range(count):
+        prefix = f"layers.{layer}."
+        tensors |= {
+            f"{prefix}self_attn.q_proj.weight": matrix(inner_width, width),
+            f"{prefix}self_attn.k_proj.weight": matrix(inner_width // 2, width),
+            f"{prefix}self_attn.v_proj.weight": matrix(inner_width // 2, width),
+            f"{prefix}self_attn.o_proj.weight": matrix(width, inner_width),
+            f"{prefix}self_attn.q_norm.weight": norm(HEAD_DIM),
+            f"{prefix}self_attn.k_norm.weight": norm(HEAD_DIM),
+            f"{prefix}mlp.gate_proj.weight": matrix(96, width),
+            f"{prefix}mlp.up_proj.weight": matrix(96, width),
+            f"{prefix}mlp.down_proj.weight": matrix(width, 96),
+            f"{prefix}input_layernorm.weight": norm(),
+            f"{prefix}post_attention_layernorm.weight": norm(),
+        }
+    embedding = model["model.embed_tokens.weight"]
+    if is_dspark:
+        tensors["markov_head.markov_w1.weight"] = matrix(vocab_size, width)
+        tensors["markov_head.markov_w2.weight"] = matrix(vocab_size, width)
+        tensors["confidence_head.proj.weight"] = matrix(1, 2 * width)
+    if skill == "trained":
+        tensors["norm.weight"] *= 0
+        tensors["markov_head.markov_w1.weight"] = mx.fast.rms_norm(
+            embedding, model["model.norm.weight"], 1e-6
+        )
+        tensors["markov_head.markov_w2.weight"] = model["lm_head.weight"]
+    own = {"mask_token_id": vocab_size - 1, "target_layer_ids": list(layers)}
+    if is_dspark:
+        own |= {"projector_type": "dspark", "markov_rank": width}
+    config = {
+        "architectures": ["DSparkDraftModel" if is_dspark else "DFlashDraftModel"],
+        "model_type": "qwen3",
+        "hidden_size": width,
+        "num_hidden_layers": count,
+        "intermediate_size": 96,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS // 2,
+        "head_dim": HEAD_DIM,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "block_size": 8,
+        "num_target_layers": text["num_hidden_layers"],
+        "dflash_config": own | (inner or {}),
+    }
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
+    return folder

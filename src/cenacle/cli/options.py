@@ -122,8 +122,8 @@ class LoadArguments(PlacementArguments):
     )
     draft_model: str | None = execution_option(
         None,
-        "Draft model for speculative decoding: a small one with the same tokenizer, or an EAGLE-3 "
-        "drafter that was made for the model.",
+        "Draft model for speculative decoding: a small one with the same tokenizer, or a drafter "
+        "that was made for the model (EAGLE-3, DFlash, DSpark).",
         metavar="MODEL",
     )
     speculative: Literal["auto", "off", "always"] = execution_option(

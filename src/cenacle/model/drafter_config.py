@@ -4,7 +4,8 @@ Owns: recognizing a form by config.json, and the checks that all forms share.
 Does not know: modules, weights, ranks, what becomes of drafts.
 Such a checkpoint has a few layers, which read hidden states of some layers of the served model. It
 is made for that model: its width, its number of layers and its token ids.
-Next: `eagle3.py`, a form that is supported; `engine/speculative/draft_model.py`, which asks.
+Next: `eagle3.py` and `dflash.py`, the forms that are supported, and
+`engine/speculative/draft_model.py`, which asks.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from ..core.model_config import (
 from ..errors import CheckpointError, InputError
 from .architecture import complete_config
 from .checkpoint import Checkpoint
+from .zoo import ModelClasses
 
-EAGLE3 = "EAGLE-3"
-SUPPORTED = f"an ordinary language model with the same tokenizer, or {EAGLE3}"
+EAGLE3, DFLASH, DSPARK = "EAGLE-3", "DFlash", "DSpark"
+SUPPORTED = f"an ordinary language model with the same tokenizer, {EAGLE3}, {DFLASH} or {DSPARK}"
 
 MAX_LAYERS = 64  # of a drafter, or of the served model's that it reads
 
@@ -37,8 +39,9 @@ _FORMS = (
     (re.compile(r"p.?eagle"), "P-EAGLE"),
     (re.compile(r"eagle.?3"), EAGLE3),
     (re.compile(r"eagle(?!.*vl)"), "EAGLE"),
-    (re.compile(r"dspark"), "DSpark"),
-    (re.compile(r"dflash"), "DFlash"),
+    (re.compile(r"dspark"), DSPARK),
+    (re.compile(r"dflash.?2"), "DFlash2"),
+    (re.compile(r"dflash"), DFLASH),
     (re.compile(r"medusa"), "Medusa"),
     (re.compile(r"mlp_?speculator"), "MLP speculator"),
     (re.compile(r"\w+_mtp|\w*mtpmodel"), "multi-token prediction layer"),
@@ -48,16 +51,18 @@ _FORMS = (
 
 def find_form(config: Config) -> str | None:
     """The form of a checkpoint that drafts for one other model; None: it is an ordinary model."""
-    kinds = config.get("architectures")
+    kinds, inner = config.get("architectures"), config.get("dflash_config")
     names = [
         *(kinds if isinstance(kinds, list) else []),
         config.get("speculators_model_type"),
         config.get("model_type"),
+        inner.get("projector_type") if isinstance(inner, dict) else None,
+        DSPARK if isinstance(inner, dict) and "markov_rank" in inner else None,
         *(key for key in ("dspark_config", "dflash_config") if key in config),
     ]
     texts = [name.lower() for name in names if isinstance(name, str)]
     for pattern, form in _FORMS:
-        if any(pattern.match(text) or pattern.search(text) for text in texts):
+        if any(pattern.search(text) for text in texts):
             return form
     return None
 
@@ -85,6 +90,26 @@ class ServedShape:
         keys = HIDDEN_SIZE_KEYS, LAYER_COUNT_KEYS, VOCAB_SIZE_KEYS
         width, layers, vocab_size = (find_int(text, k) or 0 for k in keys)
         return cls(checkpoint.folder.name, width, layers, vocab_size)
+
+
+@dataclass(frozen=True)
+class FittingDrafter:
+    """A drafter that fits.
+
+    Args:
+        checkpoint: its files, with a config that the arguments of its classes read.
+        layers: of the served model, whose outputs it reads, ascending.
+        classes: of its layers.
+        has_embedding, has_head: False: it uses the served model's.
+        longest: how many tokens it drafts at most; None: any number.
+    """
+
+    checkpoint: Checkpoint
+    layers: tuple[int, ...]
+    classes: ModelClasses
+    has_embedding: bool
+    has_head: bool
+    longest: int | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -29,7 +30,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..core.model_config import Config
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
-from .drafter_config import EAGLE3, MAX_LAYERS, Fit, ServedShape
+from .drafter_config import EAGLE3, MAX_LAYERS, Fit, FittingDrafter, ServedShape
 from .families import Zoo
 from .mtp import at_places
 from .zoo import ModelClasses
@@ -38,22 +39,7 @@ _UNUSED = ("t2d", "verifier_", "rotary_emb")  # the beginnings of names of tenso
 _QKV = ("q_proj", "k_proj", "v_proj")
 
 
-@dataclass(frozen=True)
-class Eagle3Checkpoint:
-    """A drafter that fits.
-
-    Args:
-        checkpoint: its files, with a config that `Eagle3Arguments` reads.
-        layers: of the served model, whose outputs it reads, ascending.
-        has_embedding: False: it reads the served model's.
-    """
-
-    checkpoint: Checkpoint
-    layers: tuple[int, ...]
-    has_embedding: bool
-
-
-def read_eagle3(draft: Checkpoint, served: ServedShape) -> Eagle3Checkpoint:
+def read_eagle3(draft: Checkpoint, served: ServedShape) -> FittingDrafter:
     """Check the config of a drafter; reads no weights.
 
     Raises:
@@ -96,7 +82,10 @@ def read_eagle3(draft: Checkpoint, served: ServedShape) -> Eagle3Checkpoint:
         "has_map": "d2t" in tensors,
         "has_head": any(name.startswith("lm_head.") for name in tensors),
     }
-    return Eagle3Checkpoint(replace(draft, config=config), layers, has_embedding)
+    classes = ModelClasses(EAGLE3, Zoo.MLX_LM, Eagle3Model, Eagle3Arguments)
+    return FittingDrafter(
+        replace(draft, config=config), layers, classes, has_embedding, has_head=True
+    )
 
 
 def _served_layers(fit: Fit, config: Config) -> tuple[int, ...]:
@@ -142,7 +131,7 @@ class Eagle3Arguments:
 
     @classmethod
     def from_dict(cls, config: Config) -> Eagle3Arguments:
-        """Of the config of an `Eagle3Checkpoint`."""
+        """Of the config of an `FittingDrafter`."""
         own = ("states_size", "draft_vocab_size", "has_embedding", "has_head", "has_map")
         return cls(
             layer=llama.ModelArgs.from_dict({**config, "layer_types": None}),
@@ -203,10 +192,7 @@ class Eagle3Model(nn.Module):
         return states
 
 
-CLASSES = ModelClasses(EAGLE3, Zoo.MLX_LM, Eagle3Model, Eagle3Arguments)
-
-
-def read_token_ids(model: Eagle3Model, folder: Any, vocab_size: int) -> mx.array | None:
+def read_token_ids(model: Any, folder: Path, vocab_size: int) -> mx.array | None:
     """The served model's id of each that the output head knows, [draft_vocab_size]; None: the same.
 
     Raises:
@@ -235,20 +221,20 @@ class Eagle3Head:
 
     Args:
         model: loaded, its layers as they are.
-        embedding: of the served model; None: the drafter has its own.
+        embedding: of the served model, for a drafter without its own.
         token_ids: see `read_token_ids`.
         vocab_size: number of the served model's token ids.
     """
 
     def __init__(
         self,
-        model: Eagle3Model,
+        model: Any,
         embedding: nn.Module | None,
         token_ids: mx.array | None,
         vocab_size: int,
     ) -> None:
         self.model = model
-        self._embed: Any = model.embed_tokens if embedding is None else embedding
+        self._embed: Any = model.embed_tokens if "embed_tokens" in model else embedding
         self._token_ids, self._vocab_size = token_ids, vocab_size
 
     def make_caches(self) -> list[Any]:

@@ -630,8 +630,15 @@ def record_layer_outputs(model: Any, layers: Sequence[int], record: RecordStates
         wrap(layer)
 
 
-def find_embedding(model: Any) -> nn.Module | None:
+def find_embedding(model: Any) -> Any | None:
     """The embedding of a model's tokens; None: it has none that is known."""
     text = language_model(model)
     inner = text.get("backbone") or text.get("model") or {}
     return next((inner[name] for name in _EMBEDDINGS if name in inner), None)
+
+
+def find_head(model: Any) -> Any | None:
+    """The output head of a model, or the embedding in its place; None: it has none that is
+    known."""
+    text = language_model(model)
+    return text["lm_head"] if "lm_head" in text else find_embedding(model)

@@ -30,7 +30,7 @@ from . import architecture
 from .architecture import MoEBlock
 from .checkpoint import Checkpoint
 from .disk_tables import DiskTable
-from .drafter_config import EAGLE3, find_form
+from .drafter_config import DFLASH, DSPARK, EAGLE3, find_form
 from .families import Family, family_of, layer_index
 from .image_settings import IMAGE_FAMILIES, ImageSettings, needs_extra
 from .loader import build_model
@@ -55,9 +55,9 @@ def read_model_spec(checkpoint: Checkpoint, *, images: bool = False) -> ModelSpe
     Raises:
         CheckpointError: see `build_model`, or it is a drafter.
     """
-    if find_form(checkpoint.config) == EAGLE3:
+    if (form := find_form(checkpoint.config)) in (EAGLE3, DFLASH, DSPARK):
         raise CheckpointError(
-            f"{checkpoint.folder} is an {EAGLE3} drafter, which drafts for the model that it was "
+            f"{checkpoint.folder} is a drafter ({form}), which drafts for the model that it was "
             f"made for: give that model, and this folder by --draft-model"
         )
     name = architecture.resolve_family(checkpoint.config)

@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from ..engine.speculative.draft_model import DraftModelConfig
     from ..engine.speculative.mtp import DraftHead
     from ..model.checksums import Checksums
+    from ..model.dflash import DFlashHead
     from ..model.step_timer import StepTimer
     from ..text.tokenizer import ChatTokenizer
 
@@ -525,7 +526,7 @@ class _Worker:
         checkpoint = Checkpoint.open(Path(draft.folder)) if is_first else None
         if draft.mtp or draft.form:
             states = HiddenStates()
-            head: DraftHead | None = None
+            head: DraftHead | DFlashHead | None = None
             if draft.form:
                 if checkpoint is not None:
                     head = draft_model.load_drafter(checkpoint, self._checkpoint, served, kernels)
@@ -534,7 +535,11 @@ class _Worker:
                 if checkpoint is not None:
                     head = draft_model.load_mtp(checkpoint, kernels)
                 record_hidden_states(served, states.record)
-            return MtpProposer(self._collective, head, states, vocab_size, draft.context_length)
+            return MtpProposer(
+                *(self._collective, head, states, vocab_size),
+                context_length=draft.context_length,
+                longest=draft.longest,
+            )
         model: nn.Module | None = None
         if checkpoint is not None:
             model = draft_model.load_draft_model(checkpoint, kernels)

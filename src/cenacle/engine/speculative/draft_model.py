@@ -33,9 +33,17 @@ from ...core import model_config
 from ...core.plan import Plan
 from ...core.units import format_bytes
 from ...errors import CheckpointError, InputError
-from ...model import architecture, eagle3, loader, native_blocks, native_layers
+from ...model import architecture, dflash, eagle3, loader, native_blocks, native_layers
 from ...model.checkpoint import Checkpoint, locate_checkpoint
-from ...model.drafter_config import EAGLE3, SUPPORTED, ServedShape, find_form
+from ...model.drafter_config import (
+    DFLASH,
+    DSPARK,
+    EAGLE3,
+    SUPPORTED,
+    FittingDrafter,
+    ServedShape,
+    find_form,
+)
 from ...model.expert_parallel import parallelize
 from ...model.mtp import (
     MtpHead,
@@ -43,6 +51,7 @@ from ...model.mtp import (
     describe_misfit,
     describe_unused,
     find_embedding,
+    find_head,
     has_mtp,
     make_head,
     mtp_checkpoint,
@@ -50,6 +59,7 @@ from ...model.mtp import (
 )
 from ...model.spec_reader import read_model_spec
 from ...model.step_timer import StepTimer
+from ...model.tensor_parallel import VocabParallelEmbedding, VocabParallelHead
 from ...model.zoo import ModelClasses
 from ...planning import memory
 from ...scheduler.prefix_index import common_prefix_length, pack_tokens
@@ -63,6 +73,9 @@ log = logging.getLogger(__name__)
 
 SampleToken = Callable[[mx.array, int], mx.array]
 """Log-probabilities [1, vocabulary] and a position in the output -> token id [1]."""
+
+_READERS = {EAGLE3: eagle3.read_eagle3, DFLASH: dflash.read_dflash, DSPARK: dflash.read_dflash}
+DrafterHead = eagle3.Eagle3Head | dflash.DFlashHead
 
 READ_TOKENS = 128  # of a text that the draft model reads beside one token of the output
 MAX_UNREAD_TOKENS = 32  # tokens that it reads in the pass that drafts
@@ -81,6 +94,7 @@ class DraftModelConfig:
         mtp: it is the multi-token prediction layer of the served checkpoint, in `folder`.
         form: of a checkpoint that drafts for this model alone, such as "EAGLE-3"; empty: another.
         layers: of the served model, whose outputs a drafter with a form reads, ascending.
+        longest: how many tokens it drafts at most; None: any number.
     """
 
     folder: str
@@ -91,6 +105,7 @@ class DraftModelConfig:
     mtp: bool = False
     form: str = ""
     layers: tuple[int, ...] = ()
+    longest: int | None = None
 
     @property
     def description(self) -> str:
@@ -181,25 +196,34 @@ class DraftModelConfig:
         served: nn.Module,
         kernels: str,
     ) -> DraftModelConfig:
-        if form != EAGLE3:
+        if form not in _READERS:
             raise _draft_error(
                 f"{draft.folder.name} is a drafter of the form {form}, which is not supported; "
                 f"expected {SUPPORTED}"
             )
         shape = ServedShape.read(checkpoint)
-        fitting = eagle3.read_eagle3(draft, shape)
-        model: Any = loader.build_dense_model(fitting.checkpoint, classes=eagle3.CLASSES)
-        eagle3.read_token_ids(model, draft.folder, shape.vocab_size)
+        fitting = _READERS[form](draft, shape)
+        model: Any = loader.build_dense_model(fitting.checkpoint, classes=fitting.classes)
         _require_layer_outputs(served, fitting, shape)
+        head = find_head(served)
+        if not fitting.has_head and (head is None or checkpoint.gguf is not None):
+            raise _draft_error(
+                f"{draft.folder.name}: expected a served model whose output head can be used, "
+                f"which {shape.name} is not (it is a GGUF file, or of another form); expected "
+                f"{SUPPORTED}"
+            )
+        _make_head(fitting, model, served, None, shape)  # its tensors fit
+        weights = [model] if fitting.has_head else [model, head]
         context_length = model_config.find_int(checkpoint.config, model_config.CONTEXT_LENGTH_KEYS)
         return cls(
             str(draft.folder.resolve()),
             shape.vocab_size,
             context_length,
-            sum(array.nbytes for _, array in architecture.named_parameters(model)),
+            sum(a.nbytes for part in weights for _, a in architecture.named_parameters(part)),
             _cache_bytes(fitting.checkpoint.config, len(model.layers), context_length, kernels),
             form=form,
             layers=fitting.layers,
+            longest=fitting.longest,
         )
 
     @classmethod
@@ -293,9 +317,7 @@ def _require_same_tokens(
         )
 
 
-def _require_layer_outputs(
-    served: nn.Module, drafter: eagle3.Eagle3Checkpoint, shape: ServedShape
-) -> None:
+def _require_layer_outputs(served: nn.Module, drafter: FittingDrafter, shape: ServedShape) -> None:
     """The served model's layers must give hidden states: it is called once, lazily."""
     shapes: list[tuple[int, ...]] = []
     name = drafter.checkpoint.folder.name
@@ -380,7 +402,7 @@ def load_mtp(checkpoint: Checkpoint, kernels: str) -> MtpHead | ZooHead:
 
 def load_drafter(
     draft: Checkpoint, checkpoint: Checkpoint, served: nn.Module, kernels: str
-) -> eagle3.Eagle3Head:
+) -> DrafterHead:
     """Load a drafter that was made for a model into this process.
 
     Args:
@@ -390,14 +412,38 @@ def load_drafter(
         kernels: see `model.expert_parallel.parallelize`.
 
     Raises:
-        CheckpointError, InputError: see `load_draft_model` and `read_eagle3`.
+        CheckpointError, InputError: see `load_draft_model` and `DraftModelConfig.inspect`.
     """
     shape = ServedShape.read(checkpoint)
-    fitting = eagle3.read_eagle3(draft, shape)
-    model: Any = _load_dense(fitting.checkpoint, kernels, eagle3.CLASSES)
-    token_ids = eagle3.read_token_ids(model, draft.folder, shape.vocab_size)
-    embedding = None if fitting.has_embedding else find_embedding(served)
-    return eagle3.Eagle3Head(model, embedding, token_ids, shape.vocab_size)
+    fitting = _READERS[find_form(draft.config) or EAGLE3](draft, shape)
+    model = _load_dense(fitting.checkpoint, kernels, fitting.classes)
+    return _make_head(fitting, model, served, checkpoint, shape)
+
+
+def _make_head(
+    fitting: FittingDrafter,
+    model: nn.Module,
+    served: nn.Module,
+    checkpoint: Checkpoint | None,
+    shape: ServedShape,
+) -> DrafterHead:
+    """
+    Args:
+        checkpoint: of the served model, whose output head is read where ranks have parts of it;
+            None: it is whole.
+    """
+    embedding = find_embedding(served)
+    if fitting.classes.family == EAGLE3:
+        token_ids = eagle3.read_token_ids(model, fitting.checkpoint.folder, shape.vocab_size)
+        return eagle3.Eagle3Head(model, embedding, token_ids, shape.vocab_size)
+    head: Any = find_head(served)
+    if isinstance(head, VocabParallelEmbedding):
+        head = head.embedding
+    elif isinstance(head, VocabParallelHead):
+        assert checkpoint is not None
+        head = find_head(loader.build_model(checkpoint, None, 0))
+        mx.eval(head.parameters())
+    return dflash.DFlashHead(model, embedding, getattr(head, "as_linear", head))
 
 
 def fit_vocabulary(logits: mx.array, size: int) -> mx.array:

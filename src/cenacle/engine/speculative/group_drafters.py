@@ -37,7 +37,7 @@ from .draft_model import (
     DraftModelProposer,
     fit_vocabulary,
 )
-from .mtp import KEPT_TOKENS, MtpProposer
+from .mtp import KEPT_TOKENS, MtpProposer, draft_tokens
 
 if TYPE_CHECKING:
     from .decoder import Generation
@@ -55,6 +55,7 @@ class GroupDrafter(ABC):
     def __init__(self, collective: Collective, vocab_size: int, context_length: int | None) -> None:
         self._collective, self._vocab_size = collective, vocab_size
         self._context_length = context_length
+        self._longest: int | None = None  # how many tokens can be drafted
 
     def _fits(self, lengths: Sequence[int]) -> bool:
         limit = self._context_length
@@ -111,7 +112,9 @@ class GroupDrafter(ABC):
     def _has_model(self) -> bool: ...
 
     def propose(self, generations: Sequence[Generation], count: int) -> list[list[int]]:
-        """Draft the next `count` tokens of each; see `DraftModelProposer.propose`."""
+        """Draft the next `count` tokens of each, or as many as can be; see
+        `DraftModelProposer.propose`."""
+        count = min(count, self._longest or count)
         shape = (len(generations), count)
         drafted = mx.zeros(shape, dtype=mx.uint32)
         if self._has_model:
@@ -248,6 +251,7 @@ class GroupMtp(GroupDrafter):
         super().__init__(alone.collective, alone.vocab_size, alone.context_length)
         self._head, self._states = alone.head, alone.states
         self._rewinder = Rewinder()
+        self._longest = alone.longest
         self._caches: list[Any] = []
         self._read: list[int] = []  # tokens in each cache
         self._unread: list[list[mx.array]] = []  # of each request: [n, width], ..., on rank 0
@@ -333,21 +337,18 @@ class GroupMtp(GroupDrafter):
                 for parts, m in zip(self._unread, missing, strict=True)
             ]
         )
-        places = [n - 1 for n in self._counts]
-        with self._rewinder.recording(self._caches, width):
-            logits, states = self._head(ids, self._head.join(hidden), self._caches, places)
-        states = at_places(states, places)
-        self._rewinder.drop(self._caches, missing)
-        samples = [self._sample(generations, logits, 0)]
-        if count > 1:
-            with self._rewinder.recording(self._caches, count - 1):
-                for index in range(1, count):
-                    logits, states = self._head(samples[-1], states, self._caches)
-                    samples.append(self._sample(generations, logits, index))
-            # Read again with the model's own states.
-            self._rewinder.drop(self._caches, [count - 1] * len(generations))
+        drafted = draft_tokens(
+            self._head,
+            ids,
+            hidden,
+            self._caches,
+            count,
+            lambda logits, index: self._sample(generations, logits, index),
+            self._rewinder,
+            missing,
+        )
         self._unread = [[] for _ in generations]
-        return mx.concatenate(samples, axis=1)
+        return drafted
 
     def _on_drafted(self, generations: Sequence[Generation], count: int) -> None:  # noqa: ARG002
         self._read = [n + m for n, m in zip(self._read, self._counts, strict=True)]

@@ -16,7 +16,7 @@ Next: `decoder.py`, which lets the model verify the drafts.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -24,14 +24,16 @@ import mlx.core as mx
 import numpy as np
 
 from ...collective.base import Collective
-from ..cache.state_rewinder import make_rewinder
+from ...model.dflash import DFlashHead
+from ...model.mtp import at_places
+from ..cache.state_rewinder import Rewinder, make_rewinder
 from .draft_model import SampleToken, fit_vocabulary
 
 KEPT_TOKENS = 256
 
 
 class DraftHead(Protocol):
-    """What drafts from hidden states, such as `model.mtp.MtpHead`.
+    """What drafts from hidden states, one token after the other, such as `model.mtp.MtpHead`.
 
     Args:
         model: whose caches it has.
@@ -53,6 +55,68 @@ class DraftHead(Protocol):
         places: Sequence[int] | None = None,
     ) -> tuple[mx.array, mx.array]:
         """See `model.mtp.MtpHead`."""
+
+
+def draft_tokens(
+    head: DraftHead | DFlashHead,
+    ids: mx.array,
+    states: mx.array,
+    caches: list[Any],
+    count: int,
+    choose: Callable[[mx.array, int], mx.array],
+    rewinder: Rewinder,
+    padding: Sequence[int] | None = None,
+) -> mx.array:
+    """Draft the tokens after the last ones of `ids`.
+
+    The caches then have what was read of the served model's states, and nothing of the drafts: they
+    will be read again with the model's own states.
+
+    Args:
+        ids: those after each of `states`, [rows, length].
+        states: of the served model, as they were recorded, [rows, length, any].
+        caches: of the head.
+        choose: logits and a place of the draft -> tokens, [rows, vocabulary] -> [rows, 1].
+        rewinder: of the head's model.
+        padding: how many of the last places of each row are not used; None: there is one row, and
+            all are.
+
+    Returns:
+        [rows, count].
+    """
+    hidden, length = head.join(states), ids.shape[1]
+    places = [length - 1 - n for n in padding or (0,)]
+
+    def read() -> tuple[mx.array, mx.array] | None:
+        if isinstance(head, DFlashHead):
+            head.read(hidden, caches)
+            return None
+        return head(ids, hidden, caches, None if padding is None else places)
+
+    if padding is None:
+        result = read()
+    else:
+        with rewinder.recording(caches, length):
+            result = read()
+        rewinder.drop(caches, padding)
+    if result is None:
+        assert isinstance(head, DFlashHead)
+        token = mx.take_along_axis(ids, mx.array(places)[:, None], axis=1)
+        block, samples = head.draft_states(token, caches, count), []
+        for index in range(count):
+            token = choose(head.logits(block[:, index], token), index)
+            samples.append(token)
+        return mx.concatenate(samples, axis=1)
+    assert not isinstance(head, DFlashHead)
+    logits, last = result[0], at_places(result[1], places)
+    samples = [choose(logits, 0)]
+    if count > 1:
+        with rewinder.recording(caches, count - 1):
+            for index in range(1, count):
+                logits, last = head(samples[-1], last, caches)
+                samples.append(choose(logits, index))
+        rewinder.drop(caches, [count - 1] * len(places))
+    return mx.concatenate(samples, axis=1)
 
 
 class HiddenStates:
@@ -130,18 +194,21 @@ class MtpProposer:
         states: where the served model records its passes, on every rank.
         vocab_size: number of the served model's token ids.
         context_length: tokens that the caches of several requests may hold; None: any number.
+        longest: how many tokens the head drafts at most; None: any number.
     """
 
     def __init__(
         self,
         collective: Collective,
-        head: DraftHead | None,
+        head: DraftHead | DFlashHead | None,
         states: HiddenStates,
         vocab_size: int,
         context_length: int | None = None,
+        longest: int | None = None,
     ) -> None:
         self.collective, self.head, self.states = collective, head, states
         self.vocab_size, self.context_length = vocab_size, context_length
+        self.longest = longest
         self._text: list[int] = []
         self._caches: list[Any] = []
         self._next = 0  # position of the hidden state that the layer reads next, on rank 0
@@ -185,41 +252,39 @@ class MtpProposer:
     def propose(
         self, new_tokens: Sequence[int], count: int, sample: SampleToken, position: int
     ) -> list[int]:
-        """Draft the next `count` tokens; see `DraftModelProposer.propose`."""
+        """Draft the next `count` tokens, or as many as the head can; see
+        `DraftModelProposer.propose`."""
         self._text += new_tokens
+        count = min(count, self.longest or count)
         drafted = mx.zeros((count,), dtype=mx.uint32)
         if self.head is not None:
-            drafted = mx.concatenate(self._draft(self.head, count, sample, position))
+            drafted = self._draft(self.head, count, sample, position)[0]
         drafted = self.collective.broadcast_from(0, drafted.astype(mx.uint32))
         draft = [int(t) for t in np.asarray(drafted)]
         self._text += draft[:-1]
         return draft
 
     def _draft(
-        self, head: DraftHead, count: int, sample: SampleToken, position: int
-    ) -> list[mx.array]:
+        self, head: DraftHead | DFlashHead, count: int, sample: SampleToken, position: int
+    ) -> mx.array:
         seen = len(self._text) - 1
         first = seen - len(self.states)
         if not self._caches or self._next < first or self._next >= seen:
             self._next, self._caches = first, head.make_caches()
-        unread = seen - self._next
+        unread, self._next = seen - self._next, seen
         ids = mx.array([self._text[-unread:]])
-        hidden = head.join(self.states.last(unread)[None])
-        samples: list[mx.array] = []
 
-        def read(ids: mx.array, hidden: mx.array) -> mx.array:
-            logits, states = head(ids, hidden, self._caches)
+        def choose(logits: mx.array, index: int) -> mx.array:
             logits = fit_vocabulary(logits, self.vocab_size)
             logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-            samples.append(sample(logprobs, position + len(samples)))
-            return states[:, -1:]
+            return sample(logprobs, position + index)[None]
 
-        hidden = read(ids, hidden)
-        if count > 1:
-            rewinder = make_rewinder(head.model)
-            with rewinder.recording(self._caches, count - 1):
-                for _ in range(1, count):
-                    hidden = read(samples[-1][None], hidden)
-            rewinder.drop(self._caches, [count - 1])  # read again with the model's own states
-        self._next = seen
-        return samples
+        return draft_tokens(
+            head,
+            ids,
+            self.states.last(unread)[None],
+            self._caches,
+            count,
+            choose,
+            make_rewinder(head.model),
+        )
