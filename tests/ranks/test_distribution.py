@@ -378,5 +378,5 @@ def test_complete_model_is_used_and_another_model_is_rejected(cluster, model, tm
     cluster.stop_agent("c")
     cluster.start_agent("c", [tmp_path / "other"])
     cluster.head.end_group(formed.group.group_id)
-    with pytest.raises(CheckpointError, match=r"c: .*other.* has another model of the name"):
+    with pytest.raises(CheckpointError, match=r"c: .*other.* has a different model named"):
         cluster.form(str(model), "whole")

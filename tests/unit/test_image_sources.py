@@ -252,7 +252,7 @@ def test_a_template_that_loses_an_image_is_told() -> None:
 def test_a_text_with_the_models_own_placeholder_is_refused() -> None:
     places = ImagePlaces([image(1, 2)], 7, ("<", "i", ">"), "messages")
     places.edit_text(sources.mark("0"))
-    with pytest.raises(InputError, match="by which the model knows images"):
+    with pytest.raises(InputError, match="takes for an image"):
         places.expand((1, 7, 7, 1))
 
 

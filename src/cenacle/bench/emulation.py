@@ -55,9 +55,7 @@ class EmulationConfig:
 
     def __post_init__(self) -> None:
         if self.load.nodes != 1 or self.load.latency_s:
-            raise InputError(
-                "emulate: expected neither --nodes nor --latency-ms beside it", "emulate"
-            )
+            raise InputError("--emulate cannot be combined with --nodes or --latency-ms", "emulate")
         if self.tokens < 2 or self.repeat < 1 or self.context < 1:
             raise InputError("bench: expected at least 2 tokens, 1 repetition and 1 prompt token")
 

@@ -265,7 +265,7 @@ def calibrate(name: str, nodes: int, quick: bool, report: Report = lambda _: Non
     probes, backend = probe_ranks(nodes, threads, seconds)
     alone = None
     if nodes > 1:
-        report("measuring kernels in one of them alone")
+        report("measuring kernels in a single process")
         (probe,), _ = probe_ranks(1, threads, seconds)
         alone = {shape: float(kernel[0]) for shape, kernel in probe["kernels"].items()}
     report("measuring the overhead of a layer, and what an all-reduce adds to it")

@@ -96,9 +96,9 @@ class WorkloadArguments:
     )
     emulate: list[str] | None = option(
         None,
-        "Decode on emulated machines instead: ranks wait as long as these would read. Repeatable: "
-        "speeds are compared with the first. Several nodes need a link; slow=10 runs all ten times "
-        "slower and multiplies the speeds by it.",
+        "Decode on emulated machines: ranks wait for as long as these would read weights. "
+        "Repeatable; speeds are compared with the first. Several nodes need a link. slow=10 runs "
+        "ten times slower and multiplies the speeds by ten.",
         metavar="MACHINES",
     )
     peer_timeout_s: float = option(300.0, "Seconds after which a run of a peer is stopped.", min=1)

@@ -453,7 +453,9 @@ def read_text_file(path: Path) -> str:
     except OSError as error:
         raise InputError(f"/file: cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"/file: {path}: expected UTF-8 text; pictures go with /image") from error
+        raise InputError(
+            f"/file: {path}: expected UTF-8 text; attach pictures with /image"
+        ) from error
     if len(data) > MAX_TEXT_FILE_BYTES:
         raise InputError(f"/file: {path}: expected at most {MAX_TEXT_FILE_BYTES:,} bytes, got more")
     fence = "```"

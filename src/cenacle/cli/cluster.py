@@ -100,8 +100,8 @@ class HeadArguments:
     token_minutes: float = option(60.0, "Minutes for which the printed token is valid.", min=0.01)
     node_timeout: str | None = option(
         None,
-        "How long to wait at the start for missing nodes, such as 30m (s, m, h, d), or never to "
-        "give up. Default: 1d; 10s with several models, where a request would wait.",
+        "Time to wait at the start for missing nodes, such as 30m (s, m, h, d); never: no limit. "
+        "Default: 1d; 10s with several models, where a request would wait.",
         metavar="TIME",
     )
 
@@ -512,7 +512,7 @@ def leave() -> None:
         _query(identity, "leave")
     except ClusterError as error:
         report(
-            f"{error}; this machine leaves all the same. To remove it from the list of nodes, run "
+            f"{error}; this machine leaves anyway. To remove it from the list of nodes, run "
             f"`cenacle nodes --remove {settings['name']}` on the head"
         )
     identity.delete()

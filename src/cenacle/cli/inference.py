@@ -132,7 +132,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     image: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Picture to show with the first question; repeatable."),
+        typer.Option(metavar="FILE", help="Image to attach to the first question; repeatable."),
     ] = None,
     history: Annotated[
         bool, typer.Option(help="Save prompts, to recall them with the arrow keys.")

@@ -44,7 +44,7 @@ def inspect(
     save: Annotated[Path | None, typer.Option(help="Write the placement to this file.")] = None,
     draft_model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Draft model or drafter that is to fit this model."),
+        typer.Option(metavar="MODEL", help="Draft model or drafter to check against this model."),
     ] = None,
     json_output: JsonOutput = False,
 ) -> None:
@@ -188,7 +188,7 @@ class SyntheticModelArguments:
         None, "Data type of unquantized weights. Default: that of the model."
     )
     seed: int = option(0, "Random seed; the same seed gives the same bytes.")
-    images: bool = option(False, "With a small vision tower; only with --family.", "--images")
+    images: bool = option(False, "Add a small vision tower; requires --family.", "--images")
     overwrite: bool = option(False, "Write into a folder that is not empty.", "--overwrite")
 
 

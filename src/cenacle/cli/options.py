@@ -134,7 +134,7 @@ class LoadArguments(PlacementArguments):
         "Load the layer for multi-token prediction (MTP) on the first node, if the model has it.",
     )
     images: bool = execution_option(
-        True, "Load what sees images, on the first node, if the model has it."
+        True, "Load the vision tower on the first node, if the model has one."
     )
     prefill_chunk_size: int = memory_option(512, "Maximum number of prompt tokens per step.", min=1)
     kv_dtype: Literal["auto", "float32", "float16", "bfloat16"] = memory_option(
@@ -181,8 +181,8 @@ class ServingArguments(LoadArguments):
     )
     share_prefixes: bool = memory_option(
         False,
-        "Let API keys use each other's prefix caches. Whoever has a key can then find out whether "
-        "another's prompt began in a certain way.",
+        "Let API keys use each other's prefix caches. Anyone with a key can then find out whether "
+        "another key's prompt began with a given text.",
     )
     measure_every: int = execution_option(
         8, "Measure timings of every Nth step; 0 disables it.", min=0
@@ -252,7 +252,7 @@ class ServerArguments:
     )
     max_image_pixels: int = server_option(
         1 << 20,
-        "Maximum number of pixels of an image as the model sees it; fewer are quicker.",
+        "Maximum number of pixels of an image as the model sees it; fewer pixels are faster.",
         min=1024,
     )
     otlp_endpoint: str | None = server_option(
@@ -281,7 +281,7 @@ class ModelsArguments:
     )
     idle_unload: str = models_option(
         "never",
-        "Unload a model that had no request for so long, such as 30m (s, m, h, d; 0: never).",
+        "Unload a model after this time without a request, such as 30m (s, m, h, d; 0: never).",
         metavar="TIME",
     )
     pin: list[str] | None = models_option(

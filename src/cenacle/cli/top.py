@@ -65,7 +65,10 @@ def top(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", metavar="MODEL", help="Which of several. Default: the last one used."
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help="Model to show. Default: the one last used.",
         ),
     ] = None,
     key: Annotated[
@@ -75,10 +78,10 @@ def top(
         Path | None, typer.Option(help="Certificate of the server (PEM), if it is self-signed.")
     ] = None,
     interval: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0.2, help="Time between two pictures.")
+        float, typer.Option(metavar="SECONDS", min=0.2, help="Time between two updates.")
     ] = 1.0,
     once: Annotated[
-        bool, typer.Option("--once", help="Show one picture and exit; so it is in a pipe.")
+        bool, typer.Option("--once", help="Print the state once and exit, as in a pipe.")
     ] = False,
     json_output: JsonOutput = False,
 ) -> None:
@@ -141,7 +144,7 @@ class WatchedServer:
         try:
             view = self.get("/cluster", parameters)
             if not isinstance(view, dict) or not {"ranks", "models"} & set(view):
-                raise ClusterError("the server is no Cenacle: its /cluster has no ranks")
+                raise ClusterError("this is not a Cenacle server: its /cluster has no ranks")
         except ClusterError as error:
             if not known:
                 raise
@@ -183,8 +186,7 @@ def render_view(watched: WatchedServer, width: int, height: int | None = None) -
         return draw_view(watched, width, height)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ClusterError(
-            f"the server's /cluster has another form than expected, as another version's may have "
-            f"({error!r})"
+            f"unexpected /cluster response ({error!r}); the server may be of another version"
         ) from error
 
 

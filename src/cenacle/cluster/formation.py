@@ -173,7 +173,7 @@ class Cluster:
                 is_late = self._ends_s is not None and time.monotonic() > self._ends_s
                 if is_late or all(self._head.is_connected(node) for node in group.members):
                     raise
-                self._report(f"{error}; what it has downloaded is kept")
+                self._report(f"{error}; downloaded data is kept")
         return self.formed
 
     def _wait_for_nodes(self, cancel: threading.Event | None) -> GroupMembership:

@@ -556,7 +556,7 @@ class Head:
     async def _serve_relay(self, node_id: str, hello: messages.RelayHello, stream: Stream) -> None:
         connection = self._connections.get(node_id)
         if connection is None:
-            raise ClusterError("a relay of a node whose agent is not connected")
+            raise ClusterError("relay for a node whose agent is not connected")
         await connection.relay(self._relays, hello.name, stream)
 
     async def _serve_files(
@@ -589,7 +589,7 @@ class Head:
 
     async def _answer_query(self, node_id: str, query: messages.Query) -> dict[str, Any]:
         if query.name in ("invite", "revoke", "remove", "down") and node_id != identity.HEAD:
-            raise ClusterError("only the head's own machine may do that")
+            raise ClusterError("only allowed on the head's machine")
         match query.name:
             case "status":
                 return self.status()

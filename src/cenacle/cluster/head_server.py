@@ -109,7 +109,7 @@ class HeadServer:
         except (CenacleError, OSError) as error:
             log.info("a connection was closed: %s", error)
         except Exception:  # whatever a peer has found to send, it costs its own connection
-            log.exception("a connection was closed by a fault of this program")
+            log.exception("internal error; a connection was closed")
         except asyncio.CancelledError:
             pass  # closed by this side; asyncio would log it
         finally:

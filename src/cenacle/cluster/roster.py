@@ -56,8 +56,8 @@ class Roster(Message):
         except OSError as error:
             raise InputError(f"{path} cannot be used ({error})") from error
         log.warning(
-            "%s was damaged (%s) and was set aside as %s; %d nodes could be read from it, any "
-            "other has to join again",
+            "%s was damaged (%s) and was moved to %s; %d nodes were recovered, any others have to "
+            "join again",
             *(path, reason, aside.name, len(roster.nodes)),
         )
         return roster

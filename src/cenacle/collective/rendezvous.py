@@ -165,7 +165,7 @@ class Rendezvous:
             configure_socket(sock)
             with self._changed:
                 if peer in self._connected:
-                    raise _HandshakeError(f"says that it is rank {peer}, which is connected")
+                    raise _HandshakeError(f"claims to be rank {peer}, which is connected already")
                 if self._closed:
                     raise _HandshakeError("came too late")
                 _send(sock, b"in", deadline)
@@ -190,7 +190,7 @@ class Rendezvous:
                 f"got {(version, size, listener)}"
             )
         if not self._rank < peer < size:
-            raise _HandshakeError(f"says that it is rank {peer}")
+            raise _HandshakeError(f"claims to be rank {peer}")
         return int(peer)
 
     # Connecting to lower ranks

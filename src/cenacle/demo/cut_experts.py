@@ -129,7 +129,7 @@ def write_experts(
     if not 1 <= chosen <= experts:
         raise InputError(f"top_k: expected 1 to {experts}, got {chosen}", "top_k")
     if chosen < experts and not text:
-        raise InputError("text: expected one to fit the router to, got none", "text")
+        raise InputError("text: expected text to fit the router to, got none", "text")
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
     try:
@@ -225,7 +225,7 @@ def _module_path(file: GgufFile, name: str, layers: int) -> str:
         return f"model.layers.{int(match[1])}.{_NAMES[match[2]]}"
     if (path := OUTER_NAMES.get(name.removesuffix(".weight"))) is not None:
         return path
-    raise CheckpointError(f"{file.path}: tensor {name:.100} is none of a dense llama model's")
+    raise CheckpointError(f"{file.path}: unexpected tensor {name:.100} in a dense llama model")
 
 
 def _expected_shape(name: str, shape: DenseShape) -> tuple[int, ...] | None:

@@ -175,7 +175,7 @@ def _read_file(cursor: _Cursor) -> GgufFile:
     for _ in range(value_count):
         key = cursor.string()
         if key in metadata:
-            raise cursor.error(f"the header is damaged: {key!r:.100} is there twice")
+            raise cursor.error(f"the header is damaged: {key!r:.100} is listed twice")
         metadata[key] = cursor.value()
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT:

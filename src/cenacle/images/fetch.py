@@ -277,14 +277,14 @@ def _get(connection: http.client.HTTPConnection, target: str) -> bytes:
     response = connection.getresponse()
     if 300 <= response.status < 400:
         raise InputError(
-            f"its host sends elsewhere (status {response.status}), which is not followed; give the "
-            f"final URL",
+            f"its host redirects (status {response.status}), which is not followed; give the final "
+            f"URL",
             "images",
         )
     if response.status != 200:
         raise InputError(f"its host answered with status {response.status}", "images")
     if response.getheader("content-encoding", "identity").lower() != "identity":
-        raise InputError("its host sends it compressed, though nobody asked for that", "images")
+        raise InputError("its host sends it compressed, which was not requested", "images")
     data = response.read(MAX_FILE_BYTES + 1)
     if len(data) > MAX_FILE_BYTES:
         raise InputError(f"expected at most {MAX_FILE_BYTES:,} bytes, got more", "images")

@@ -101,8 +101,8 @@ class ImagePlaces:
         placed: list[PromptImage] = []
         if tokens.count(self._token) != len(self._order):
             raise InputError(
-                f"{self._field}: a text has {self._names[1]}, by which the model knows images; "
-                f"remove it, or write it in another way",
+                f"{self._field}: a text contains {self._names[1]}, which the model takes for an "
+                f"image; remove it or write it differently",
                 self._field,
             )
         rest = iter(self._order)

@@ -190,7 +190,7 @@ def _read_header(file: Path) -> list[TensorInfo]:
 def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(members)
     if len(made) < len(members):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name is listed twice")
     return made
 
 
@@ -257,8 +257,7 @@ def _check_counts(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
     experts, chosen = find_int(config, EXPERT_COUNT_KEYS), find_int(config, TOP_K_KEYS)
     if experts and chosen is not None and not 1 <= chosen <= experts:
         raise CheckpointError(
-            f"{folder}: config.json: expected a token to choose 1 to {experts} of {experts} "
-            f"experts, got {chosen}"
+            f"{folder}: config.json: expected 1 to {experts} experts per token, got {chosen}"
         )
 
 

@@ -145,7 +145,7 @@ def _write_folder(folder: Path, files: list[GgufFile]) -> None:
             name = _parameter_name(path, family, tensor.name)
             if name in tensors:
                 raise CheckpointError(
-                    f"{path}: {tensor.name:.100} is there twice; download it again"
+                    f"{path}: {tensor.name:.100} is listed twice; download it again"
                 )
             start, stop = tensor.start, tensor.stop
             tensors[name] = [file.path.name, tensor.type, list(_shape(name, tensor)), start, stop]
@@ -174,7 +174,7 @@ def _parameter_name(path: Path, family: GgufFamily, name: str) -> str:
     elif (outer := family.outer.get(name.removesuffix(".weight"))) is not None:
         return f"{family.prefix}{outer}.weight"
     raise CheckpointError(
-        f"{path}: tensor {name:.100} is none that {family.model_type} has; use the model in "
+        f"{path}: unknown tensor {name:.100} for {family.model_type}; use the model in "
         "another format"
     )
 

@@ -114,7 +114,7 @@ def image_obstacle(checkpoint: Checkpoint, family: str) -> str | None:
 def _report_towers(folder: Path, count: int) -> None:
     if count:
         log.info(
-            "%s: %d tensors of towers for images or sound are left alone; it answers text",
+            "%s: ignoring %d tensors of image or audio towers; only text is supported",
             folder,
             count,
         )

@@ -546,8 +546,8 @@ def spec_from_workload(workload: Workload, family: str) -> ModelSpec:
     s = workload.shape
     if not s.moe_ids:
         raise PlanError(
-            f"save: of {s.name} only sizes are known, not its layers; give the checkpoint's folder "
-            f"or its config.json instead of a name"
+            f"save: only the sizes of {s.name} are known, not its layers; give the checkpoint's "
+            f"folder or its config.json instead of a name"
         )
     expert, shared = round(workload.expert_bytes), round(workload.shared_bytes)
     bits = workload.quantization

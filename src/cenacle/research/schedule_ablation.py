@@ -181,7 +181,7 @@ def _check_logits(logits: Sequence[np.ndarray]) -> float:
     if not difference <= LOGIT_TOLERANCE:
         raise ClusterError(
             f"bench ablation: expected logits of all rows within {LOGIT_TOLERANCE:g} (relative), "
-            f"got a difference of {difference:.1e}; this installation computes something wrong"
+            f"got a difference of {difference:.1e}; this installation computes wrong results"
         )
     return difference
 

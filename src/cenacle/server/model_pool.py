@@ -418,7 +418,7 @@ class ModelPool:
                     await self._unload(idle[0])
                     continue
                 if time.monotonic() > ends_s:
-                    raise Busy(f"others have not ended their answers in {ROOM_TIMEOUT_S:g} s", 10)
+                    raise Busy(f"others did not finish their answers in {ROOM_TIMEOUT_S:g} s", 10)
                 by_use[0].is_draining = True
                 await self._wait_for_change(max(0.0, ends_s - time.monotonic()) + 0.1)
         finally:
@@ -454,9 +454,9 @@ class ModelPool:
         if needed > room:
             beside = f" beside {pinned}, which is pinned" if pinned else ""
             raise PlanError(
-                f"it needs {format_bytes(needed)} of memory, and there are "
-                f"{format_bytes(max(0, room))} for models{beside}: stop other programs, use more "
-                f"machines or a lower quantization"
+                f"it needs {format_bytes(needed)} of memory, and "
+                f"{format_bytes(max(0, room))} are available for models{beside}: stop other "
+                f"programs, use more machines or a lower quantization"
             )
 
     # ---- Steps --------------------------------------------------------------------------------

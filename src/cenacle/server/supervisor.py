@@ -151,7 +151,7 @@ class _Supervisor:
             if failures >= MAX_FAILURES:
                 self._report(
                     f"error: the server ended {failures} times in a row, the last time it "
-                    f"{reason}; it is not started again. Find the cause above, then start it anew"
+                    f"{reason}; giving up. Fix the cause above, then start the server again"
                 )
                 return exit_status
             restarts = Restarts(restarts.count + 1, reason)
@@ -194,7 +194,7 @@ class _Supervisor:
                     pass
                 process.wait(self._hang_s)
             except (TimeoutError, subprocess.TimeoutExpired):
-                self._report(f"the server gave no sign of life for {self._hang_s:g} s; ending it")
+                self._report(f"the server did not respond for {self._hang_s:g} s; ending it")
                 process.kill()
             return process.wait(), time.monotonic() - ready_s
 

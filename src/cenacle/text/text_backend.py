@@ -73,8 +73,8 @@ def load_limited(folder: Path, stop_tokens: Any) -> Any:
             raise
         if "trust_remote_code" in str(error):
             raise CheckpointError(
-                f"{folder}: its tokenizer needs Python code from the checkpoint; Cenacle runs no "
-                "such code, because it could do all that you can do; use a checkpoint with a "
+                f"{folder}: its tokenizer needs Python code from the checkpoint, which Cenacle "
+                "does not run: such code has all your permissions. Use a checkpoint with a "
                 "tokenizer.json"
             ) from error
         reason = str(error).strip() or repr(error)
@@ -98,8 +98,8 @@ def _check_added_tokens(folder: Path) -> None:
         count = max((len(v) for v in lists if isinstance(v, list | dict)), default=0)
         if count > MAX_ADDED_TOKENS:
             raise CheckpointError(
-                f"{file}: expected at most {MAX_ADDED_TOKENS:,} added tokens, got {count:,}; a "
-                f"vocabulary belongs into the tokenizer's model"
+                f"{file}: expected at most {MAX_ADDED_TOKENS:,} added tokens, got {count:,}; "
+                f"move the vocabulary into the tokenizer's model"
             )
 
 

@@ -206,7 +206,7 @@ class ModelDistribution:
     def _check_download(self, node: Node, answer: messages.DownloadProgress) -> int:
         if answer.digest != self._digest:
             raise CheckpointError(
-                f"{node.name}: what it downloaded into {answer.folder} is not the head's model: "
-                f"remove that folder, it is downloaded anew"
+                f"{node.name}: the download in {answer.folder} differs from the head's model; "
+                f"remove that folder to download it again"
             )
         return answer.downloaded_bytes

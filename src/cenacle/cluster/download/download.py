@@ -144,7 +144,7 @@ def check_disk_space(store: SparseStore, missing: Mapping[str, Sequence[ByteRang
         raise CheckpointError(
             f"{store.folder}: the download needs {format_bytes(needed)}, this disk has "
             f"{format_bytes(free)} free; free {format_bytes(needed - free)}, or use more nodes. "
-            f"What is here is kept"
+            f"Downloaded data is kept"
         )
 
 
@@ -200,5 +200,5 @@ def _check_complete_files(
             store.mark_file_missing(name)
             raise CheckpointError(
                 f"{store.folder / name}: expected the SHA-256 that {hub.name} states, got another: "
-                f"the file was damaged on the way; try again, it is downloaded anew"
+                f"the file was damaged in transit; try again"
             )

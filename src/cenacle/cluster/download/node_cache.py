@@ -127,6 +127,6 @@ def find_local_model(
     if hashlib.sha256(config_file(folder).read_bytes()).hexdigest() == config_sha256:
         return part  # weights are missing or half downloaded
     raise CheckpointError(
-        f"{folder} has another model of the name {model} than the head (config.json differs): copy "
+        f"{folder} has a different model named {model} than the head (config.json differs); copy "
         f"the head's model there, or remove the folder"
     )

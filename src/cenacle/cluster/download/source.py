@@ -84,8 +84,7 @@ def retry(work: Callable[[], T]) -> T:
         return work()
     except SourceInterrupted as error:
         raise CheckpointError(
-            f"{error}; gave up after {MAX_ATTEMPTS} attempts. What was downloaded "
-            f"is kept: try again"
+            f"{error}; gave up after {MAX_ATTEMPTS} attempts. Downloaded data is kept; try again"
         ) from error
 
 

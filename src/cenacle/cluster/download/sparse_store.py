@@ -96,7 +96,7 @@ class SparseStore:
                 out of the folder.
         """
         if PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
-            raise CheckpointError(f"{self.folder}: a file cannot be called {file}")
+            raise CheckpointError(f"{self.folder}: {file} is not a valid file name")
         known = self.sizes.get(file)
         if known is not None and known != size:
             raise CheckpointError(
@@ -161,12 +161,12 @@ class SparseStore:
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise CheckpointError(
-                    f"{self.folder}: the disk is full; free some space and try again, what is "
-                    f"here is kept"
+                    f"{self.folder}: the disk is full; free some space and try again. "
+                    f"Downloaded data is kept"
                 ) from error
             raise CheckpointError(
-                f"{self.folder}: cannot write ({error.strerror}); try again when it is possible, "
-                f"what is here is kept"
+                f"{self.folder}: cannot write ({error.strerror}); try again when this is fixed. "
+                f"Downloaded data is kept"
             ) from error
 
     def _append_journal(self, entries: Sequence[dict[str, Any]]) -> None:
