@@ -6,12 +6,25 @@ import pytest
 from mlx_lm.models.cache import make_prompt_cache
 from one_process import VECTORS, in_threads, run_ranks
 
-from cenacle.collective.delayed import DelayedCollective, RecordingCollective
+from cenacle.collective.base import Collective, RoutingDecision
+from cenacle.collective.delayed import DelayedCollective, WrappedCollective
 from cenacle.collective.single import SingleRank
 
 WIDTH, LAYERS = 64, 2  # of every recorded model
 FAMILIES = ("dbrx", "mixtral", "qwen3_moe")
 PROMPT = [[3, 141, 59, 26, 53, 58, 97]]
+
+
+class RecordingCollective(WrappedCollective):
+    """Records the shape and dtype of every all-reduce, in order, in `calls`."""
+
+    def __init__(self, inner: Collective) -> None:
+        super().__init__(inner)
+        self.calls: list[tuple[tuple[int, ...], mx.Dtype]] = []
+
+    def _all_sum(self, x: mx.array, routing: RoutingDecision | None) -> mx.array:
+        self.calls.append((tuple(x.shape), x.dtype))
+        return self._inner.all_sum(x, routing)
 
 
 def prefill_and_decode(model, collective):

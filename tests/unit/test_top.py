@@ -187,7 +187,7 @@ def test_a_wrong_key_or_another_program_ends_it(server, watched):
         with pytest.raises(ClusterError):
             WatchedServer(lambda *_, wrong=wrong: wrong).update()
     del watched.view["history"]
-    with pytest.raises(ClusterError, match="unexpected .cluster response"):
+    with pytest.raises(ClusterError, match=r"unexpected .cluster response"):
         draw(watched, 80)
 
 

@@ -1,4 +1,4 @@
-"""Collectives for tests and studies; each wraps another one."""
+"""A collective that wraps another one, and one that adds latency to it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,6 @@ class WrappedCollective(Collective):
     def close(self) -> None:
         """See `Collective`."""
         self._inner.close()
-
-
-class RecordingCollective(WrappedCollective):
-    """Records the shape and dtype of every all-reduce, in order, in `calls`."""
-
-    def __init__(self, inner: Collective) -> None:
-        super().__init__(inner)
-        self.calls: list[tuple[tuple[int, ...], mx.Dtype]] = []
-
-    def _all_sum(self, x: mx.array, routing: RoutingDecision | None) -> mx.array:
-        self.calls.append((tuple(x.shape), x.dtype))
-        return self._inner.all_sum(x, routing)
 
 
 class DelayedCollective(WrappedCollective):

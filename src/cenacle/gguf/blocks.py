@@ -12,7 +12,6 @@ Next: `file.py`; the witness in the tests is the package gguf.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -249,8 +248,3 @@ def row_shape(type_name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """A quantized tensor's shape in weights as [..., blocks of a row, bytes of a block]."""
     kind = BLOCK_TYPES[type_name]
     return (*shape[:-1], shape[-1] // kind.weights, kind.nbytes)
-
-
-def error_bound(type_name: str) -> float:
-    """The largest error of `to_mlx_layout`, in parts of the range of a group of 32 weights."""
-    return 0.0 if BLOCK_TYPES[type_name].is_exact else 1 / 510 + math.ulp(1.0)

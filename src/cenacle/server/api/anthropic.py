@@ -197,9 +197,6 @@ def _content_text(content: str | Sequence[Any], separator: str = "") -> str:
     return separator.join(block.text for block in content if hasattr(block, "text"))
 
 
-_Texts = Annotated[str, OneOf(Text, _TextBlocks, into=_content_text)]
-
-
 class _ToolResultBlock(RequestModel):
     type: Literal["tool_result"]
     tool_use_id: Text = ""

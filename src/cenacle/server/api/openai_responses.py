@@ -100,16 +100,6 @@ class _SummaryTextPart(openai.TextPart):
     type: Literal["summary_text"]
 
 
-_ItemText = Annotated[
-    str,
-    OneOf(
-        Text,
-        Items[Supported[_ItemTextPart | openai.RefusalPart]],
-        into=openai.content_text,
-    ),
-]
-
-
 _SeenItemText = Annotated[
     str,
     OneOf(
