@@ -2,6 +2,7 @@
 what is answered is read by the official client's own types."""
 
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -318,3 +319,12 @@ def test_going_on_with_a_thread_is_refused_in_words_that_clients_know() -> None:
     assert status == 400
     assert body["error"]["details"]["error_code"] == "thread_not_found"
     parse(thread={"type": "create"})
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_nothing_looks_at_each_character_of_a_long_message(role):
+    message = {"role": role, "content": "ab " * 3_000_000}
+    body = json.dumps({"model": "house", "max_tokens": 1, "messages": [*HELLO, message]}).encode()
+    began = time.thread_time()
+    API.parse(body, SERVED)
+    assert time.thread_time() - began < 1.0

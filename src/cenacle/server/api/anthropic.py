@@ -342,6 +342,8 @@ class _UserMessage(RequestModel):
 
     def to_template(self) -> list[Message]:
         """Results of tools are messages of their own, before the text."""
+        if isinstance(self.content, str):  # which may be long: no look at its characters
+            return [{"role": "user", "content": self.content}]
         results = [b.to_template() for b in self.content if isinstance(b, _ToolResultBlock)]
         others = [b for b in self.content if not isinstance(b, _ToolResultBlock | _OtherBlock)]
         if results and not others:
@@ -375,6 +377,8 @@ class _AssistantMessage(RequestModel):
 
     def to_template(self) -> list[Message]:
         message: Message = {"role": "assistant", "content": _content_text(self.content)}
+        if isinstance(self.content, str):
+            return [message]
         thinking = [b.thinking for b in self.content if isinstance(b, _ThinkingBlock)]
         if thinking:
             message["reasoning_content"] = "".join(thinking)
