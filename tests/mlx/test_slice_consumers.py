@@ -98,6 +98,7 @@ def test_a_byte_of_the_list_changes_the_checksums_of_the_ranks_that_list_it(
     unread = tuple(f"{path}." for path in slices[0].unread)
     tensors = [t for name, t in checkpoint.tensors.items() if not name.startswith(unread)]
     whole = weight_checksums(load(folder, Plan.whole(spec, 1), 0))
+    unchanged = [weight_checksums(load(folder, plan, rank)) for rank in range(NODES)]
     copy = shutil.copytree(folder, tmp_path / "copy")
     original = np.fromfile(folder / WEIGHTS, np.uint8)
     draw = np.random.default_rng(1)
@@ -108,9 +109,7 @@ def test_a_byte_of_the_list_changes_the_checksums_of_the_ranks_that_list_it(
         data.tofile(copy / WEIGHTS)
         listed = [any(a <= at < b for a, b in spans) for spans in lists]
         ranks = [weight_checksums(load(copy, plan, rank)) for rank in range(NODES)]
-        changed = [
-            ranks[rank] != weight_checksums(load(folder, plan, rank)) for rank in range(NODES)
-        ]
+        changed = [ranks[rank] != unchanged[rank] for rank in range(NODES)]
         assert changed == listed, at
         ((_, blamed),) = compare_checksums(whole, ranks).mismatches
         assert {rank for rank in range(NODES) if listed[rank]} <= set(blamed)
