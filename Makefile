@@ -9,22 +9,24 @@ export PYTHONDONTWRITEBYTECODE :=
 
 install: .venv/installed
 
+# Without compiling every module of every package, which takes 50 s on one core: Python compiles what
+# is imported.
 .venv/installed: pyproject.toml CMakeLists.txt $(wildcard native/* native/*/*)
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	touch $@
 
 demo: install
 	$(BIN)/cenacle demo --nodes 2
 
-# In three processes, a file in one of them: tests that start several ranks often wait for them.
+# In four processes, a file in one of them: tests that start several ranks often wait for them.
 # Beside them those with hosts, which wait for deadlines of seconds, one file after the other; and
 # lint, which uses one core.
 test: install
 	@$(MAKE) --no-print-directory --jobs 3 lint test-others test-hosts
 
 test-others:
-	MAKEFLAGS= $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+	MAKEFLAGS= $(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 	  tests/ranks tests/browser tests/mlx tests/unit
 
 HOSTS_LOG := build/test-hosts.log
