@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import httpx
 import psutil
@@ -19,6 +18,7 @@ from mlx_lm import stream_generate
 from cenacle import native, net
 from cenacle.demo.run import DEMO_MODEL_DIR
 from cenacle.model.synth import synth
+from support.polling import wait_until
 from support.products import in_turn
 
 COMMAND = [sys.executable, "-m", "cenacle"]
@@ -43,15 +43,6 @@ def last_json(done):
 def processes_of(pid):
     """Ids of the processes that were started by `pid`, or by one of these."""
     return [process.pid for process in psutil.Process(pid).children(recursive=True)]
-
-
-def wait_until(condition, seconds):
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def alive(pid):

@@ -37,6 +37,7 @@ from cenacle.ranks.rank_group import RankGroup, StepObserver
 from cenacle.ranks.step_timings import StepReport
 from cenacle.runtime import Deployment
 from cenacle.scheduler.scheduler import Scheduler
+from support.polling import wait_until
 
 OTHER_ROUTER = Path(__file__).parent / "other_router_rank.py"
 VECTORS = Path(__file__).parent.parent / "vectors"
@@ -57,13 +58,6 @@ def running(pid: int) -> bool:
         return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (ProcessLookupError, FileNotFoundError):
         return False
-
-
-def wait_until(condition, seconds: float, what: str) -> None:
-    ends = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < ends, f"not within {seconds:g} s: {what}"
-        time.sleep(0.02)
 
 
 def assert_gone(pids, seconds: float = 60.0) -> None:

@@ -3,8 +3,7 @@
 import json
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,7 +12,8 @@ import psutil
 import pytest
 
 from cenacle.model.synth import synth
-from support.serving import DEADLINE_S, RunningServer, running_server
+from support.polling import wait_until
+from support.serving import RunningServer, running_server
 
 SMALL = ("mixtral", "olmoe", "qwen3_moe")
 MEMORY_GB = 1.2  # two ranks of a small model plan with 0.55
@@ -45,14 +45,6 @@ def complete(server: RunningServer, model: str, **parameters: Any) -> httpx.Resp
 
 def rows(server: RunningServer) -> dict[str, dict[str, Any]]:
     return {row["model"]: row for row in server.health()["models"]}
-
-
-def until(condition: Callable[[], Any]) -> Any:
-    ends = time.monotonic() + DEADLINE_S
-    while not (value := condition()):
-        assert time.monotonic() < ends, "nothing happened"
-        time.sleep(0.1)
-    return value
 
 
 def test_models_take_turns_and_every_request_is_answered(server: RunningServer) -> None:
@@ -89,7 +81,7 @@ def test_a_rank_of_one_model_is_lost_while_another_answers(server: RunningServer
             row = rows(server)[lost]
             return row["pids"][1] if row["running"] and "pids" in row else None
 
-        os.kill(until(find_rank), signal.SIGKILL)
+        os.kill(wait_until(find_rank), signal.SIGKILL)
         assert complete(server, other).status_code == 200
         assert long.result().json()["usage"]["completion_tokens"] == 3000
     log = server.log.read_text()
@@ -97,8 +89,8 @@ def test_a_rank_of_one_model_is_lost_while_another_answers(server: RunningServer
 
 
 def test_idle_models_are_unloaded_and_no_process_is_left(server: RunningServer) -> None:
-    until(lambda: all(row["state"] != "loaded" for row in rows(server).values()))
-    until(lambda: all(row["state"] in ("unloaded", "failed") for row in rows(server).values()))
+    wait_until(lambda: all(row["state"] != "loaded" for row in rows(server).values()))
+    wait_until(lambda: all(row["state"] in ("unloaded", "failed") for row in rows(server).values()))
     serving = psutil.Process(server.health()["pid"])
     # Those of grammars and images are started once for the server.
     left = [" ".join(child.cmdline()) for child in serving.children(recursive=True)]

@@ -23,6 +23,7 @@ import pytest
 
 import cenacle
 from cenacle.scheduler.disk_index import PAGE_TOKENS
+from support.polling import wait_until
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
@@ -76,13 +77,6 @@ def plain():
         texts = {json.dumps(c): model.generate(c, LENGTH).text for c in (FIRST, SECOND, OTHER)}
         tokens = {name: collect(submit(model, prompt))[0] for name, prompt in PROMPTS.items()}
         return texts, tokens, collect(submit(model, PROMPTS["Flo"], ENDLESS))[0]
-
-
-def wait_until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.02)
 
 
 # Over HTTP

@@ -27,6 +27,7 @@ import cenacle
 from cenacle.errors import InputError
 from cenacle.net import bind
 from cenacle.text.tokenizer import ChatTokenizer
+from support.polling import wait_until
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 END = json.loads((DEMO / "config.json").read_text())["eos_token_id"]
@@ -122,13 +123,6 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def client(pair: Server) -> Iterator[openai.OpenAI]:
     with pair.client() as made:
         yield made
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = DEADLINE_S) -> None:
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds, f"not within {seconds} s"
-        time.sleep(0.02)
 
 
 def running(pid: int) -> bool:

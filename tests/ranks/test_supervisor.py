@@ -6,13 +6,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import psutil
 import pytest
 
 from cenacle.server.supervisor import MAX_FAILURES, supervise
+from support.polling import wait_until
 from support.serving import DEADLINE_S, QUESTION, RunningServer, running_server
 
 
@@ -20,13 +21,6 @@ from support.serving import DEADLINE_S, QUESTION, RunningServer, running_server
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     with running_server(tmp_path_factory.mktemp("supervised"), nodes=2) as running:
         yield running
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    ends = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.05)
 
 
 def processes(pid: int) -> list[psutil.Process]:
