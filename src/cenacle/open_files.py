@@ -5,15 +5,15 @@ from __future__ import annotations
 import resource
 from contextlib import suppress
 
-WANTED_FILES = 65_536
+TARGET_FILES = 65_536
 
 
 def raise_limit() -> int:
-    """Allow as many open files as the system does, up to `WANTED_FILES`; how many may be open."""
+    """Allow as many open files as the system does, up to `TARGET_FILES`; how many may be open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = WANTED_FILES if hard == resource.RLIM_INFINITY else min(WANTED_FILES, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+    target = TARGET_FILES if hard == resource.RLIM_INFINITY else min(TARGET_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < target:
         with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-    return WANTED_FILES if soft == resource.RLIM_INFINITY else soft
+            resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+            soft = target
+    return TARGET_FILES if soft == resource.RLIM_INFINITY else soft

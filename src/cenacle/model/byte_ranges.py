@@ -74,19 +74,19 @@ class ColumnRange(NamedTuple):
 ByteRange = Span | ColumnRange
 
 
-def append_range(ranges: list[ByteRange], more: ByteRange) -> None:
+def append_range(ranges: list[ByteRange], added: ByteRange) -> None:
     """Append a range that lies behind all others; neighbors of one kind are merged."""
     last = ranges[-1] if ranges else None
-    if more[0] == more[1]:
+    if added[0] == added[1]:
         return
-    if isinstance(more, ColumnRange):
-        if isinstance(last, ColumnRange) and last.stop == more.start and last[2:] == more[2:]:
-            ranges[-1] = last._replace(stop=more.stop)
+    if isinstance(added, ColumnRange):
+        if isinstance(last, ColumnRange) and last.stop == added.start and last[2:] == added[2:]:
+            ranges[-1] = last._replace(stop=added.stop)
             return
-    elif last is not None and not isinstance(last, ColumnRange) and last[1] == more[0]:
-        ranges[-1] = (last[0], more[1])
+    elif last is not None and not isinstance(last, ColumnRange) and last[1] == added[0]:
+        ranges[-1] = (last[0], added[1])
         return
-    ranges.append(more)
+    ranges.append(added)
 
 
 def byte_range_from_json(data: Any) -> ByteRange:

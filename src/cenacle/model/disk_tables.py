@@ -119,17 +119,17 @@ class DiskTable(nn.Module):
 
     def __call__(self, ids: mx.array) -> mx.array:
         """Rows [...] -> [..., width]; evaluates the ids."""
-        wanted = np.asarray(ids).reshape(-1)
-        numbers = np.searchsorted(self._borders, wanted, side="right") - 1
+        positions = np.asarray(ids).reshape(-1)
+        numbers = np.searchsorted(self._borders, positions, side="right") - 1
         result: mx.array | None = None
         for number in np.unique(numbers).tolist():
             shard = self._shards[number]
-            local = wanted - self._borders[number]
+            local = positions - self._borders[number]
             first, end = rows_of_tensor(shard.rows, self._units)
             held = np.flatnonzero((numbers == number) & (local >= first) & (local < end))
             rows = self._read(number, local[held])
             if result is None:
-                result = mx.zeros((wanted.size, self._width), rows.dtype)
+                result = mx.zeros((positions.size, self._width), rows.dtype)
             if held.size:
                 result[mx.array(held)] = rows
         assert result is not None, "an embedding is asked for at least one row"

@@ -155,8 +155,10 @@ def _write_folder(folder: Path, files: list[GgufFile]) -> None:
     for name, content in tokenizer_files(metadata).items():
         (folder / name).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    given = {name: metadata.get(f"general.sampling.{key}") for name, key in SAMPLING_KEYS.items()}
-    sampling = {name: value for name, value in given.items() if isinstance(value, int | float)}
+    defaults = {
+        name: metadata.get(f"general.sampling.{key}") for name, key in SAMPLING_KEYS.items()
+    }
+    sampling = {name: value for name, value in defaults.items() if isinstance(value, int | float)}
     (folder / generation_config.FILE_NAME).write_text(json.dumps(sampling), encoding="utf-8")
     index = {"family": family_name, "tensors": tensors}
     (folder / GGUF_INDEX).write_text(json.dumps(index), encoding="utf-8")

@@ -258,8 +258,8 @@ def required_ranges(
     pieces = (*slices.tensors, *slices.tower)
     for piece in sorted(pieces, key=lambda p: (p.tensor.file.name, p.tensor.start)):
         of_file = ranges.setdefault(piece.tensor.file.name, [])
-        for more in piece.byte_ranges(column_gap_bytes):
-            append_range(of_file, more)
+        for byte_range in piece.byte_ranges(column_gap_bytes):
+            append_range(of_file, byte_range)
     return ranges
 
 

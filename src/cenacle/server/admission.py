@@ -74,21 +74,21 @@ class Admission:
             RequestError: it asks for more than may ever run at once.
             Busy: too many are running.
         """
-        everything, wanted = self._all, self._answers + count
-        limit = everything._max_answers_per_key
+        all_answers, answers = self._all, self._answers + count
+        limit = all_answers._max_answers_per_key
         if self._key is not None and self._key.max_concurrent:
             limit = self._key.max_concurrent
         # Without keys all requests are one user's, who may take the total.
-        limit = min(limit, everything._max_answers) if self._name else everything._max_answers
-        if wanted > limit:
-            reason = f"expected at most {limit} answers at once, got {wanted}; ask for fewer"
+        limit = min(limit, all_answers._max_answers) if self._name else all_answers._max_answers
+        if answers > limit:
+            reason = f"expected at most {limit} answers at once, got {answers}; ask for fewer"
             raise RequestError("n", reason)
-        if everything._answers.total() + count > everything._max_answers:
-            raise _too_many(f"the server gives {everything._max_answers} answers already")
-        if self._name and everything._answers[self._name] + count > limit:
+        if all_answers._answers.total() + count > all_answers._max_answers:
+            raise _too_many(f"the server gives {all_answers._max_answers} answers already")
+        if self._name and all_answers._answers[self._name] + count > limit:
             raise _too_many(f"{limit} answers for this key are running already")
-        everything._answers[self._name] += count
-        self._answers = wanted
+        all_answers._answers[self._name] += count
+        self._answers = answers
 
     def reserve_tokens(self, prompt_tokens: int, max_tokens: int, answers: int) -> int:
         """Reserve what the answers may cost; give the most tokens that each may have.
@@ -118,10 +118,10 @@ class Admission:
 
     def close(self) -> None:
         """Give everything back; what was used has been charged."""
-        everything = self._all
+        all_answers = self._all
         for counts, amount in (
-            (everything._answers, self._answers),
-            (everything._reserved_tokens, self._reserved_tokens),
+            (all_answers._answers, self._answers),
+            (all_answers._reserved_tokens, self._reserved_tokens),
         ):
             counts[self._name] -= amount
             if not counts[self._name]:

@@ -93,8 +93,8 @@ class RequestPreparer:
             max_tokens = min(limits, default=None)
             if max_tokens == 0:
                 max_tokens = 1  # the group generates at least one
-            wanted = prompt_alternatives(request)
-            echo = self._tokenizer.decode(tokens) if request.echo and wanted is None else ""
+            alternatives = prompt_alternatives(request)
+            echo = self._tokenizer.decode(tokens) if request.echo and alternatives is None else ""
             for index in range(request.n):
                 parser = self._output_parser(request, tokens)
                 parser.min_tokens = request.min_tokens
@@ -109,8 +109,8 @@ class RequestPreparer:
                     echo,
                     request.thinking_budget,
                     is_forced_call=request.forced_call is not None,
-                    prompt=() if wanted is None else tokens,
-                    echo_prompt=request.echo and wanted is not None,
+                    prompt=() if alternatives is None else tokens,
+                    echo_prompt=request.echo and alternatives is not None,
                     is_empty=request.max_tokens == 0,
                 )
                 if request.is_chat and request.grammar is not None:

@@ -37,14 +37,14 @@ def fetch_metadata(source: Source, folder: Path) -> SparseStore:
     weights = [name for name in files if name.endswith(".safetensors")]
     if not weights and GGUF_INDEX not in files:
         raise CheckpointError(f"{source.name} has no weights: expected files named *.safetensors")
-    wanted: dict[str, list[ByteRange]] = {}
+    required: dict[str, list[ByteRange]] = {}
     for name, file in files.items():
         store.create_file(name, file.size)
         if name in weights:
-            wanted[name] = [(0, min(file.size, HEADER_BYTES))]
+            required[name] = [(0, min(file.size, HEADER_BYTES))]
         elif 0 < file.size <= MAX_SMALL_FILE_BYTES and not name.endswith(".gguf"):
-            wanted[name] = [(0, file.size)]
-    fetch_ranges([source], store, wanted)
+            required[name] = [(0, file.size)]
+    fetch_ranges([source], store, required)
     longer: dict[str, list[ByteRange]] = {
         name: [(0, stop)] for name in weights if (stop := _header_end(store, name)) > HEADER_BYTES
     }
@@ -62,15 +62,15 @@ def _header_end(store: SparseStore, file: str) -> int:
 def fetch_ranges(
     sources: Sequence[Source],
     store: SparseStore,
-    wanted: Mapping[str, Sequence[ByteRange]],
+    required: Mapping[str, Sequence[ByteRange]],
     progress: Progress = lambda *_: None,
 ) -> int:
-    """Fetch what is missing of `wanted`, each chunk from the first source that has it.
+    """Fetch what is missing of `required`, each chunk from the first source that has it.
 
     Args:
         sources: in order of preference. One that was given up is not tried again, unless it is the
             last.
-        wanted: by file; `fetch_metadata` has created the files.
+        required: by file; `fetch_metadata` has created the files.
 
     Returns:
         Bytes that were fetched.
@@ -79,10 +79,10 @@ def fetch_ranges(
         CheckpointError: no source has them, the disk is full, or what came is damaged. What was
             fetched is kept; the same call goes on from there.
     """
-    missing = store.missing(wanted)
+    missing = store.missing(required)
     batches = [(file, batch) for file, gaps in missing.items() for batch in _batches(gaps)]
     missing_bytes = total_bytes(r for gaps in missing.values() for r in gaps)
-    all_bytes = total_bytes(r for ranges in wanted.values() for r in ranges)
+    all_bytes = total_bytes(r for ranges in required.values() for r in ranges)
     check_disk_space(store, missing)
     done = all_bytes - missing_bytes
     progress(done, all_bytes)
@@ -107,7 +107,7 @@ def fetch_ranges(
             future.result()
     for source in left_sources:
         if isinstance(source, Hub) and missing_bytes:
-            _check_complete_files(source, store, wanted)
+            _check_complete_files(source, store, required)
     return missing_bytes
 
 
@@ -190,13 +190,13 @@ def _fetch_chunk(sources: list[Source], store: SparseStore, file: str, chunk: By
 
 
 def _check_complete_files(
-    hub: Hub, store: SparseStore, wanted: Mapping[str, Sequence[ByteRange]]
+    hub: Hub, store: SparseStore, required: Mapping[str, Sequence[ByteRange]]
 ) -> None:
     """Files that are complete must have the SHA-256 that the Hub states."""
-    if not any(store.present_spans(file) == [(0, store.sizes[file])] for file in wanted):
+    if not any(store.present_spans(file) == [(0, store.sizes[file])] for file in required):
         return
     for name, file in retry(hub.list_repository).items():
-        if name in wanted and file.sha256 and store.matches_checksum(name, file.sha256) is False:
+        if name in required and file.sha256 and store.matches_checksum(name, file.sha256) is False:
             store.mark_file_missing(name)
             raise CheckpointError(
                 f"{store.folder / name}: expected the SHA-256 that {hub.name} states, got another: "

@@ -219,10 +219,10 @@ class SparseStore:
         replacement.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
         replacement.replace(self.folder / JOURNAL)
 
-    def missing(self, wanted: Mapping[str, Sequence[ByteRange]]) -> dict[str, list[ByteRange]]:
-        """What of `wanted` is not present, by file."""
+    def missing(self, required: Mapping[str, Sequence[ByteRange]]) -> dict[str, list[ByteRange]]:
+        """What of `required` is not present, by file."""
         missing: dict[str, list[ByteRange]] = {}
-        for file, ranges in wanted.items():
+        for file, ranges in required.items():
             present = self.present_spans(file)
             spans = [(r[0], r[1]) for r in ranges if not isinstance(r, ColumnRange)]
             gaps: list[ByteRange] = [*subtract_spans(spans, present)]
@@ -234,13 +234,13 @@ class SparseStore:
         return missing
 
     def _missing_columns(
-        self, file: str, wanted: Sequence[ColumnRange], present: list[Span]
+        self, file: str, required: Sequence[ColumnRange], present: list[Span]
     ) -> Iterator[ColumnRange]:
         by_grid: dict[tuple[int, int], list[ColumnRange]] = {}
         for done, _ in self._present.get(file, ()):
             if isinstance(done, ColumnRange):
                 by_grid.setdefault(_grid(done), []).append(done)
-        for columns in wanted:
+        for columns in required:
             same = [c for c in by_grid.get(_grid(columns), ()) if c.covers_columns_of(columns)]
             present_spans = merge_spans([*present, *((c.start, c.stop) for c in same)])
             for start, stop in subtract_spans([(columns.start, columns.stop)], present_spans):

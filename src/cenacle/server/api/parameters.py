@@ -308,7 +308,7 @@ class SharedParameters(ApiRequest):
             values |= {"top_p": 1.0, "top_k": 1}
         return Sampling(**values)
 
-    def grammar_of(self, field: str, wanted: FormatOption | None) -> tuple[str, str | None]:
+    def grammar_of(self, field: str, option: FormatOption | None) -> tuple[str, str | None]:
         """The field of the one format that is asked for, and its grammar; None: there is none.
 
         Args:
@@ -319,8 +319,8 @@ class SharedParameters(ApiRequest):
             RequestError: there are several, or it cannot be enforced.
         """
         forms: dict[str, Callable[[str], str | None]] = {}
-        if wanted is not None:
-            forms[field] = wanted.to_grammar
+        if option is not None:
+            forms[field] = option.to_grammar
         forms |= constraints_of(
             {
                 "guided_json": self.guided_json,

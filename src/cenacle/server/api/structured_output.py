@@ -192,10 +192,10 @@ def _raise_for_schema(schemas: Mapping[str, dict[str, Any]]) -> None:
 def _list_grammar(
     tools: Mapping[str, Tool], schemas: Mapping[str, dict[str, Any]], several: bool
 ) -> str:
-    more = f'(", " call){{0,{MAX_CALLS - 1}}}' if several else ""
+    further_calls = f'(", " call){{0,{MAX_CALLS - 1}}}' if several else ""
     heads = [f'{{"name": {json.dumps(tool.name)}, "arguments": ' for tool in tools.values()]
     rules = [
-        f'start: "[" call {more} "]"',
+        f'start: "[" call {further_calls} "]"',
         *_call_rules([json.dumps(head) for head in heads], '"}"', schemas),
     ]
     return lark_grammar("\n".join(rules), "tools")
