@@ -4,6 +4,8 @@ they never were.
 The reference reads the kept tokens with caches of its own.
 """
 
+import itertools
+
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
@@ -25,7 +27,7 @@ from cenacle.model.step_timer import StepTimer
 
 STATES = ("qwen3_next", "qwen3_5_moe", "nemotron_h")
 GROUPS = (*STATES, "deepseek_v4", "qwen4_exp")
-FAMILIES = (*GROUPS, "glm5_next", "inkling")
+FAMILIES = (*GROUPS, "glm5_next", "inkling", "gpt_oss")
 TEXT = [(37 * i * i + 11 * i + 5) % 500 for i in range(24)]
 
 
@@ -78,8 +80,11 @@ def test_several_sequences_that_keep_different_numbers(model):
         assert mx.allclose(alone, logits_after(model, [*expected, 8]), atol=1e-4)
 
 
-@pytest.mark.parametrize("model", STATES, indirect=True)
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [*itertools.product(STATES, (1, 3)), ("gpt_oss", 1)],
+    indirect=["model"],
+)
 def test_answers_are_the_same_with_and_without_drafts(model, count):
     """Texts of two words, so that the model often agrees with what came before, and often not.
 
@@ -97,7 +102,7 @@ def test_answers_are_the_same_with_and_without_drafts(model, count):
     assert fewer < steps
 
 
-@pytest.mark.parametrize("model", STATES, indirect=True)
+@pytest.mark.parametrize("model", [*STATES, "gpt_oss"], indirect=True)
 def test_an_answer_with_drafts_is_kept_to_its_last_token(model):
     """States can be used again only as they are at its end."""
     repeating = Sampling(seed=1, logit_bias={7: 100.0})

@@ -258,8 +258,10 @@ def test_a_prompt_beside_an_answer_has_no_passes_of_its_own(model):
     assert len(passes) <= 24
 
 
-def test_what_computes_with_its_cache_keeps_the_batch_caches():
-    folder = tiny_model("deepseek_v3")
+@pytest.mark.parametrize("family", ["deepseek_v3", "gemma4_text"])
+def test_what_computes_with_a_cache_keeps_the_batch_caches(family):
+    """Also layers that attend to another layer's keys."""
+    folder = tiny_model(family)
     model = load_rank(folder, Plan.whole(spec_of(folder), 1), SingleRank(), StepTimer(), "auto")
     assert not install_stream_caches(model)
     assert not has_stream_caches(model)

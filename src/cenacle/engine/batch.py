@@ -41,9 +41,9 @@ from ..model.families import Batching
 from ..model.step_timer import StepTimer
 from ..model.stream_caches import SharedPass, into_streams, out_of_streams
 from ..model.stream_support import has_stream_caches
-from .cache.kv_cache import SequenceCache, can_merge, can_reuse
+from .cache.kv_cache import SequenceCache, can_merge, can_reuse, has_exact_ends
 from .cache.ragged_cache import can_be_ragged
-from .cache.state_rewinder import can_drop, find_states, make_rewinder
+from .cache.state_rewinder import can_drop, make_rewinder
 from .sampling.prompt_logprobs import PART_TOKENS, PromptScores
 from .sampling.sampler import SamplingState
 from .speculative.decoder import Generation, SpeculativeDecoder
@@ -444,12 +444,12 @@ class ContinuousBatch(Batch):
             is_unread: the caches lack the last token.
         """
         request_id = generation.request.id
-        has_states = self._prefix_cache_enabled and bool(find_states(caches))
-        if has_states and is_unread:  # they can be kept as they are at the end alone
+        is_exact = self._prefix_cache_enabled and has_exact_ends(caches)
+        if is_exact and is_unread:  # they can be kept as they are at the end alone
             with mx.stream(generation_stream):
                 self._model(mx.array([[generation.last_token]]), cache=caches)
         self._on_finished(request_id, caches)
-        if has_states:
+        if is_exact:
             self._retained[request_id].checkpoint(generation.length)
 
     def _on_finished(self, request_id: str, caches: list[Any]) -> None:

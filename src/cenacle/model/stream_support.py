@@ -32,10 +32,15 @@ def install_stream_caches(model: nn.Module) -> bool:
 
 
 def can_have_stream_caches(model: nn.Module) -> bool:
-    """See the module; the model is called, lazily, as by `find_plain_attention`."""
+    """See the module; the model is called, lazily, as by `find_plain_attention`.
+
+    Not where layers attend to what another layer's cache returned (gemma4): these arrays stand for
+    the caches in one call of attention alone.
+    """
     caches = make_prompt_cache(model)
     return (
         {type(cache) for cache in caches} <= {KVCache, RotatingKVCache}
+        and len(caches) == len(model.layers)
         and len(find_plain_attention(model)) == len(caches)
         and _has_plain_masks(model)
     )

@@ -118,6 +118,11 @@ def flatten_caches(caches: list[Any]) -> Iterator[Any]:
             yield cache
 
 
+def has_exact_ends(caches: list[Any]) -> bool:
+    """Whether some of a sequence's caches can be used again only as they are."""
+    return any(isinstance(cache, NOT_TRUNCATABLE) for cache in flatten_caches(caches))
+
+
 def _slice_caches(
     caches: list[Any],
     copies: Iterator[Any],

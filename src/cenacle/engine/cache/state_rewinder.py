@@ -1,8 +1,10 @@
 """Dropping the last tokens of a pass from a model's caches, as drafts need.
 
-Owns: `Rewinder`, which takes tokens of the last pass back, for caches of three kinds: those that
-can be cut off, states, and those of mlx-vlm's families, which keep what they need.
+Owns: `Rewinder`, which takes tokens of the last pass back, for caches of four kinds: those that can
+be cut off, those that rotate, states, and those of mlx-vlm's families, which keep what they need.
 Does not know: requests, drafts.
+A cache that rotates has overwritten older tokens: it is as it was before the pass, and is given the
+accepted tokens' keys and values again.
 A state has no tokens to cut off. That of a gated delta net or of Mamba 2 after fewer tokens follows
 from the one before the pass and from what its recurrence was given, so these are kept until the
 next pass. The layer's matrices, experts and all-reduces are not computed again. Some families of
@@ -22,7 +24,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, KVCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache, make_prompt_cache
 
 from ...model.request_caches import RequestCaches
 from .kv_cache import can_trim, flatten_caches
@@ -125,8 +127,42 @@ class _LayerPass:
 _RECORDED: ContextVar[list[_LayerPass] | None] = ContextVar("recorded layers", default=None)
 
 
+class _Window:
+    """A rotating cache of one sequence, and what it was given since."""
+
+    def __init__(self, cache: RotatingKVCache) -> None:
+        self._cache, self._given = cache, list[tuple[mx.array, mx.array]]()
+        before = vars(cache).copy()
+        for name in ("keys", "values"):
+            if before[name] is not None:
+                before[name] = before[name][...]  # it is written in place
+        self._before = before
+        cache.update_and_fetch = self._record  # type: ignore[method-assign]
+
+    def _record(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self._given.append((keys, values))
+        return RotatingKVCache.update_and_fetch(self._cache, keys, values)
+
+    def end(self) -> None:
+        """Record no more."""
+        del self._cache.update_and_fetch
+
+    def drop(self, count: int) -> None:
+        """Drop the last tokens that it was given."""
+        if not self._given:  # of a layer that did not run
+            return
+        keys, values = (mx.concatenate(list(a), axis=2) for a in zip(*self._given, strict=True))
+        kept = keys.shape[2] - count
+        vars(self._cache).update(self._before)
+        if kept:
+            self._cache.update_and_fetch(keys[:, :, :kept], values[:, :, :kept])
+
+
 class Rewinder:
-    """Takes back tokens of the last recorded pass, from caches that can be cut off."""
+    """Takes back tokens of the last recorded pass, from caches that can be cut off or rotate."""
+
+    def __init__(self) -> None:
+        self._windows: list[_Window] = []
 
     @contextmanager
     def recording(self, caches: Sequence[Any], length: int) -> Iterator[None]:  # noqa: ARG002
@@ -136,7 +172,12 @@ class Rewinder:
             caches: of the passes, with all sequences.
             length: tokens of each sequence, of all passes together.
         """
-        yield
+        self._windows = [_Window(c) for c in flatten_caches(list(caches)) if _rotates(c)]
+        try:
+            yield
+        finally:
+            for window in self._windows:
+                window.end()
 
     def drop(self, caches: Sequence[Any], counts: Sequence[int]) -> None:
         """Drop the last tokens of each sequence from `caches`, in place.
@@ -147,9 +188,12 @@ class Rewinder:
         """
         if any(counts):
             drop_tokens(caches, counts)
+            for window in self._windows:
+                window.drop(counts[0])
 
     def clear(self) -> None:
         """Forget the last pass; its tokens stay."""
+        self._windows = []
 
 
 class StateRewinder(Rewinder):
@@ -160,17 +204,19 @@ class StateRewinder(Rewinder):
     """
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         for layer in _find_layers(model):
             _teach(layer)
         self._layers: list[_LayerPass] = []
 
     @contextmanager
-    def recording(self, caches: Sequence[Any], length: int) -> Iterator[None]:  # noqa: ARG002
+    def recording(self, caches: Sequence[Any], length: int) -> Iterator[None]:
         """See `Rewinder`; of one pass."""
         self._layers = []
         token = _RECORDED.set(self._layers)
         try:
-            yield
+            with super().recording(caches, length):
+                yield
         finally:
             _RECORDED.reset(token)
 
@@ -185,6 +231,7 @@ class StateRewinder(Rewinder):
 
     def clear(self) -> None:
         """See `Rewinder`."""
+        super().clear()
         self._layers = []
 
 
@@ -193,6 +240,7 @@ class TransactionRewinder(Rewinder):
     keep."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._open: list[tuple[list[int], Any]] = []  # rows, and mlx-vlm's transaction
         self._length = self._count = 0
 
@@ -233,14 +281,18 @@ def _count_rows(caches: Sequence[RequestCaches]) -> int:
 
 
 def drop_tokens(caches: Sequence[Any], counts: Sequence[int]) -> None:
-    """Drop the last tokens of each sequence, in place, but from states."""
+    """Drop the last tokens of each sequence, in place, but from states and windows."""
     for cache in flatten_caches(list(caches)):
-        if isinstance(cache, ArraysCache):
+        if isinstance(cache, ArraysCache) or _rotates(cache):
             continue
         if hasattr(cache, "drop"):  # of several sequences
             cache.drop(counts)
         else:
             cache.trim(counts[0])
+
+
+def _rotates(cache: Any) -> bool:
+    return type(cache) is RotatingKVCache
 
 
 def find_states(caches: Sequence[Any]) -> list[Any]:
@@ -250,14 +302,19 @@ def find_states(caches: Sequence[Any]) -> list[Any]:
 
 def can_drop(model: nn.Module) -> bool:
     """Whether a model's caches can drop tokens of the last pass."""
-    return can_trim(model) or can_rewind(model) or _records_itself(model)
+    return _can_cut(model) or can_rewind(model) or _records_itself(model)
+
+
+def _can_cut(model: nn.Module) -> bool:
+    caches = flatten_caches(make_prompt_cache(model))
+    return can_trim(model) or {type(cache) for cache in caches} <= {KVCache, RotatingKVCache}
 
 
 def can_rewind(model: nn.Module) -> bool:
     """Whether the states of a model are of layers that can be recorded, its other caches plain."""
     caches = list(flatten_caches(make_prompt_cache(model)))
     states = find_states(caches)
-    plain = sum(type(cache) is KVCache for cache in caches)
+    plain = sum(type(cache) in (KVCache, RotatingKVCache) for cache in caches)
     return 0 < len(states) == len(_find_layers(model)) and plain + len(states) == len(caches)
 
 
@@ -267,7 +324,7 @@ def _records_itself(model: Any) -> bool:
 
 def make_rewinder(model: nn.Module) -> Rewinder:
     """For a model that `can_drop`."""
-    if can_trim(model):
+    if _can_cut(model):
         return Rewinder()
     return TransactionRewinder() if _records_itself(model) else StateRewinder(model)
 
