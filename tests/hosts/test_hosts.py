@@ -89,6 +89,9 @@ def test_one_command_per_host_starts_a_cluster(cluster, capture):
         "c": (2, cluster.c.address),
     }
     assert "links: " in status["backend_reason"]
+    for rank in cluster.ask("/cluster")[1]["ranks"]:
+        assert rank["link"]["latency_s"] > 0
+        assert rank["link"]["bytes_per_s"] > 0
     for host in cluster.network.hosts:
         assert len(host.pids(WORKER)) == 1
         for file in (host.folder / ".config" / "cenacle" / "cluster").iterdir():
