@@ -265,6 +265,12 @@ def test_errors_name_the_option_and_not_the_field(arguments, message, tmp_path):
     assert result.stderr.count("\n") == 1
 
 
+def test_an_encoding_without_a_character_ends_no_command(tmp_path):
+    result = run_cenacle("doctor", CENACLE_HOME=str(tmp_path), PYTHONIOENCODING="ascii")
+    assert "\\u2713 Versions match" in result.stdout
+    assert result.stderr == ""
+
+
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "model"

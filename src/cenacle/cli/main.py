@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
 import re
 import signal
 import sys
@@ -102,6 +103,10 @@ def main() -> None:
     """Run the command line; errors become one line and an exit status."""
     # Ending by SIGTERM must run the same `finally` blocks as Ctrl-C: they end the ranks.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for stream in (sys.stdout, sys.stderr):
+        # Of what a terminal's encoding cannot write the code is written.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     use_private_temp_dir()
     gc.set_threshold(*COLLECTOR_THRESHOLDS)
     try:
@@ -144,6 +149,10 @@ def describe_usage_error(error: Any) -> str:
     param, context = getattr(error, "param", None), getattr(error, "ctx", None)
     hint = f"; see `{context.command_path} --help`" if context is not None else ""
     if param is None:
+        if (
+            missing := re.fullmatch(r"Option '(.*)' requires an argument\.", error.message)
+        ) is not None:
+            return f"{missing[1]}: expected a value, got none{hint}"
         message = error.message.removeprefix("Got ").rstrip(".").replace(". Did", "; did")
         if similar := getattr(error, "possibilities", None):
             message += f"; did you mean {get_close_matches(error.option_name, similar, 1, 0)[0]}?"

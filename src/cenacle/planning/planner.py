@@ -523,9 +523,10 @@ def _parse_quantity(text: str, quantity: str) -> float:
     match = re.fullmatch(r"\$?(\d+(?:\.\d+)?)\s*([a-zA-Zµ]*)\$?", text.strip())
     units = _UNITS[quantity]
     if match is None or match[2].lower() not in units:
+        named = [unit for unit in units if unit]
+        unit = f" with a unit of {', '.join(named)}" if named else ""
         raise InputError(
-            f"what-if: {quantity}: expected a number with a unit of "
-            f"{', '.join(unit or 'none' for unit in units)}, got {text!r}",
+            f"what-if: {quantity}: expected a number{unit}, got {text!r}",
             "what-if",
         )
     return float(match[1]) * units[match[2].lower()]
