@@ -10,7 +10,7 @@ import pytest
 from cenacle.core.model_spec import DenseModule, ModelSpec, MoELayer
 from cenacle.errors import PlanError
 from cenacle.planning import catalog
-from cenacle.planning.catalog import Fact, Link, Machine
+from cenacle.planning.catalog import CatalogLink, Fact, Machine
 from cenacle.planning.choose_plan import choose_plan
 from cenacle.planning.model_shapes import shape_from_config
 from cenacle.planning.perf_model import PaperConstants
@@ -64,7 +64,7 @@ def machines(*gb_s: float, latency_us: float = 100.0, config: dict = SHAPE) -> M
     )
     between = {"latency_us": Fact(latency_us, "M", ""), "gb_s": Fact(1, "M", "")}
     return MeasuredMachines(
-        config, nodes, Link("l", "", "mesh", between), PaperConstants(0.2, 0, 1, 0), "a test"
+        config, nodes, CatalogLink("l", "", "mesh", between), PaperConstants(0.2, 0, 1, 0), "a test"
     )
 
 
@@ -149,7 +149,7 @@ def grid_machines(name: str, gb_s: float, weights: tuple[float, ...], latency_us
         Machine("m", "", "cpu", {**facts, "bandwidth_gb_s": Fact(gb_s * weight, "M", "")}, 0.9)
         for weight in weights
     )
-    link = Link(
+    link = CatalogLink(
         "l", "", "mesh", {"latency_us": Fact(latency_us, "M", ""), "gb_s": Fact(2, "M", "")}
     )
     constants = PaperConstants(0.2, 0, 1, 0)

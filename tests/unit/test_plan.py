@@ -333,9 +333,9 @@ def test_replicas_fill_the_memory():
     for limits, message in (
         (
             [1600, 1600],
-            r"holds \[3, 3\] experts .* at least one on each node and 8 together",
+            r"at least one expert of each layer on each node, and for 8 .* got \[3, 3\]",
         ),
-        ([1000, 9000], r"holds \[0, 8\] experts"),
+        ([1000, 9000], r"got \[0, 8\]"),
         ([9000], "node_memory_bytes: expected 2 numbers, got 1"),
     ):
         with pytest.raises(PlanError, match=message):

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from ..errors import InputError
-from ..planning.catalog import CATALOG_DIR, Fact, Link, Machine, Quantization
+from ..planning.catalog import CATALOG_DIR, CatalogLink, Fact, Machine, Quantization
 from ..planning.model_shapes import shape_from_config
 from ..planning.perf_model import PaperConstants, Prediction, Workload, predict
 
@@ -159,7 +159,7 @@ def predict_run(run: LocalRun, runs: LocalRuns, parameters: dict[str, float]) ->
     if run.latency_ms:
         # An emulated link evaluates every all-reduce before it waits, which takes time too.
         latency_us += 1000 * run.latency_ms + parameters["delay_us"]
-    link = Link("here", "", "mesh", facts(latency_us=latency_us, gb_s=2.0))
+    link = CatalogLink("here", "", "mesh", facts(latency_us=latency_us, gb_s=2.0))
     shape = shape_from_config(run.shape, SHAPES[run.shape])
     return predict(
         Workload(shape, Quantization("4", 4.5, 4.5), CONTEXT, prompt_tokens=PROMPT_TOKENS),

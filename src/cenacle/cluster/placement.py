@@ -236,7 +236,7 @@ def measured_machines(
         machines = tuple(_machine(known, node) for node in members)
     except CenacleError:  # the user's own catalog cannot be read
         return None
-    link = catalog.Link("measured", "between the machines", topology, facts)
+    link = catalog.CatalogLink("measured", "between the machines", topology, facts)
     constants = PaperConstants.from_fits(known.fits["paper"])
     return MeasuredMachines(config, machines, link, constants, "as measured")
 

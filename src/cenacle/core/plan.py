@@ -586,8 +586,8 @@ def _experts_that_fit(spec: ModelSpec, lean: Plan, node_memory_bytes: Sequence[i
         counts.append(min(experts_per_layer, max(0, free // expert_bytes)))
     if sum(counts) < experts_per_layer or not all(counts):
         raise PlanError(
-            f"replicated: the nodes' memory holds {counts} experts of each layer, expected at "
-            f"least one on each node and {experts_per_layer} together; an expert takes "
+            f"replicated: expected memory for at least one expert of each layer on each node, and "
+            f"for {experts_per_layer} on all together, got {counts}; an expert takes "
             f"{format_bytes(expert_bytes)} over all layers, the rest of a rank "
             f"{format_bytes(lean.bytes_of(0)['trunk'])}; allow more memory or use more nodes"
         )

@@ -128,7 +128,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Link:
+class CatalogLink:
     """The network between nodes. `facts`: "latency_us", "gb_s", perhaps "hop_us" (pipelines)."""
 
     name: str
@@ -139,7 +139,7 @@ class Link:
     def __getitem__(self, key: str) -> float:
         return self.facts[key].value
 
-    def with_fact(self, key: str, value: float, source: str) -> Link:
+    def with_fact(self, key: str, value: float, source: str) -> CatalogLink:
         """The same link with another number."""
         return replace(self, facts={**self.facts, key: Fact(value, "E", source)})
 
@@ -254,7 +254,7 @@ class Catalog:
 
     # ---- links
 
-    def link(self, name: str) -> Link:
+    def link(self, name: str) -> CatalogLink:
         """A link by name.
 
         Raises:
@@ -269,7 +269,7 @@ class Catalog:
         row = self.links[key]
         facts = {k: _fact(row[k]) for k in _LINK_NUMBERS if k in row}
         facts |= {k: _fact(v) for k, v in self.fits["links"].get(key, {}).items()}
-        return Link(key, row["title"], row["topology"], facts)
+        return CatalogLink(key, row["title"], row["topology"], facts)
 
     # ---- models
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from ..core.plan import largest_remainder
 from ..errors import InputError, PlanError
-from .catalog import Fact, Link, Machine, Quantization
+from .catalog import CatalogLink, Fact, Machine, Quantization
 from .load_balancer import ReplicaRanks
 from .model_shapes import ModelShape
 from .routing_stats import (
@@ -161,7 +161,7 @@ class Prediction:
     placement: str
     trunk: str
     machines: tuple[Machine, ...]
-    link: Link | None
+    link: CatalogLink | None
     step_timings: dict[str, float]
     batch_timings: dict[str, float]
     users: int
@@ -240,7 +240,7 @@ def predict(
     workload: Workload,
     scheme: str,
     machines: Sequence[Machine],
-    link: Link | None,
+    link: CatalogLink | None,
     constants: PaperConstants,
     placement: str = "sliced",
     trunk: str = "replicated",
@@ -539,7 +539,7 @@ class _Cluster:
         workload: Workload,
         layout: _Layout,
         machines: tuple[Machine, ...],
-        link: Link | None,
+        link: CatalogLink | None,
         constants: PaperConstants,
     ) -> None:
         self.workload, self.layout, self.machines = workload, layout, machines
@@ -681,7 +681,7 @@ class _Cluster:
         return seconds
 
 
-def all_reduce_s(link: Link, nodes: int, size: float, constants: PaperConstants) -> float:
+def all_reduce_s(link: CatalogLink, nodes: int, size: float, constants: PaperConstants) -> float:
     """Seconds of one all-reduce of `size` bytes.
 
     mesh: every node sends its vector to every peer at once, one hop; large ones are scattered and

@@ -20,7 +20,7 @@ from typing import Any
 from ..core.plan import Plan
 from ..errors import CenacleError
 from . import catalog
-from .catalog import Fact, Link, Machine
+from .catalog import CatalogLink, Fact, Machine
 from .load_balancer import assign_experts, assign_replicas, integer_speeds
 from .model_shapes import ModelShape, shape_from_config
 from .perf_model import PaperConstants, Prediction, Workload, predict
@@ -45,7 +45,7 @@ class MeasuredMachines:
 
     config: Mapping[str, Any] = field(repr=False)
     machines: tuple[Machine, ...]
-    link: Link | None
+    link: CatalogLink | None
     constants: PaperConstants
     source: str
 
@@ -110,7 +110,7 @@ def emulated_machines(
         for rate in bytes_per_s
     )
     facts = {"latency_us": Fact(1e6 * link_s, "E", source), "gb_s": Fact(1e9, "E", source)}
-    link = Link(source, f"emulated, {1e3 * link_s:g} ms", "mesh", facts)
+    link = CatalogLink(source, f"emulated, {1e3 * link_s:g} ms", "mesh", facts)
     constants = PaperConstants(per_peer=0.0, handoff_s=0.0, naive_read=1.0, naive_exchange_s=0.0)
     return MeasuredMachines(
         config, machines, link if len(machines) > 1 else None, constants, source

@@ -19,7 +19,7 @@ from ..core.model_spec import ModelSpec, MoELayer
 from ..core.plan import Plan, WidthSlice
 from ..core.units import format_bytes
 from ..errors import InputError, PlanError
-from .catalog import Catalog, Link, Machine, total_usd
+from .catalog import Catalog, CatalogLink, Machine, total_usd
 from .memory import wired_limit_command
 from .perf_model import PAPER_SCHEMES, PHASES, PaperConstants, Prediction, Workload, predict
 from .routing_stats import RoutingTrace, separate_coactivated
@@ -126,7 +126,7 @@ class PlannerResult:
 
 def resolve_cluster(
     catalog: Catalog, machines: str, link: str | None, memory_fraction: float | None
-) -> tuple[tuple[Machine, ...], Link | None, PaperConstants]:
+) -> tuple[tuple[Machine, ...], CatalogLink | None, PaperConstants]:
     """Machines, link and constants by name.
 
     Raises:
@@ -140,7 +140,10 @@ def resolve_cluster(
 
 
 def evaluate_options(
-    workload: Workload, machines: Sequence[Machine], link: Link | None, constants: PaperConstants
+    workload: Workload,
+    machines: Sequence[Machine],
+    link: CatalogLink | None,
+    constants: PaperConstants,
 ) -> PlannerResult:
     """Every scheme on all the machines, on each kind alone, and the best on fewer.
 
@@ -183,7 +186,7 @@ def _evaluate(
     workload: Workload,
     variant: tuple[str, str, str],
     machines: tuple[Machine, ...],
-    link: Link | None,
+    link: CatalogLink | None,
     constants: PaperConstants,
 ) -> Option:
     scheme, placement, trunk = variant
@@ -283,7 +286,7 @@ def _advise(
     workload: Workload,
     options: Sequence[Option],
     machines: tuple[Machine, ...],
-    link: Link | None,
+    link: CatalogLink | None,
 ) -> str:
     """One or two sentences that say what to do, or not to do."""
     best, p = options[0], options[0].prediction
@@ -390,7 +393,7 @@ class Comparison:
 def compare_per_dollar(
     result: PlannerResult,
     machines: Sequence[Machine],
-    link: Link | None,
+    link: CatalogLink | None,
     constants: PaperConstants,
 ) -> Comparison:
     """The best option of a result beside the best of other machines.
@@ -444,7 +447,7 @@ def what_if_curve(
     text: str,
     workload: Workload,
     machines: Sequence[Machine],
-    link: Link | None,
+    link: CatalogLink | None,
     constants: PaperConstants,
 ) -> Curve:
     """The curve over `nodes=1..8`, `latency=3us..1ms` or `price=2000..10000`.
@@ -463,7 +466,7 @@ def what_if_curve(
     if quantity == "latency" and (link is None or len(machines) < 2):
         raise InputError("what-if: latency needs a link and several machines", "what-if")
 
-    def cluster_at(x: float) -> tuple[tuple[Machine, ...], Link | None]:
+    def cluster_at(x: float) -> tuple[tuple[Machine, ...], CatalogLink | None]:
         if quantity == "nodes":
             return (machines[0],) * int(x), link
         if quantity == "latency":

@@ -115,7 +115,7 @@ def read_token(text: str) -> str:
     if len(letters) != TOKEN_LENGTH or not set(letters) <= set(TOKEN_LETTERS):
         raise InputError(
             f"--token: expected {TOKEN_LENGTH} letters and digits such as 7K2M-9QXD-41TB-W3HF, as "
-            f"printed by `cenacle up`, got {len(letters)} characters",
+            f"printed by `cenacle up`, got {len(letters)}",
             "token",
         )
     return "-".join(letters[i : i + 4] for i in range(0, TOKEN_LENGTH, 4))
