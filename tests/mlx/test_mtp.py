@@ -233,6 +233,9 @@ def test_the_model_does_not_read_it(checkpoints):
     broken = dataclasses.replace(checkpoint, tensors=without)
     assert not has_mtp(broken, "deepseek_v3")
     assert "(23 tensors) is not used: it is not complete" in describe_unused(broken, "deepseek_v3")
+    config = {**checkpoint.config, "dspark_target_layer_ids": [1]}
+    other = dataclasses.replace(checkpoint, config=config)
+    assert "dspark_target_layer_ids, a form that is not" in describe_unused(other, "deepseek_v4")
     assert "drafts with that of mimo_v2" in describe_unused(checkpoint, "mimo_v2")
     assert describe_unused(checkpoint, "deepseek_v3") is None
 

@@ -26,7 +26,7 @@ from cenacle.model.request_caches import install_request_attention
 from cenacle.model.step_timer import StepTimer
 
 STATES = ("qwen3_next", "qwen3_5_moe", "nemotron_h")
-GROUPS = (*STATES, "deepseek_v4", "qwen4_exp")
+GROUPS = (*STATES, "granitemoehybrid", "deepseek_v4", "qwen4_exp")
 FAMILIES = (*GROUPS, "glm5_next", "inkling", "gpt_oss")
 TEXT = [(37 * i * i + 11 * i + 5) % 500 for i in range(24)]
 

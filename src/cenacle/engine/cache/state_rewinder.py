@@ -40,8 +40,8 @@ class _Recurrence:
         tokens: the places of its arguments that have a row for each token,
             [sequences, length, ...].
         state, mask: the places of the state before, and of a mask of tokens.
-        lengths: the name of another argument for sequences of different lengths; None: the mask
-            tells them.
+        lengths: the place of the lengths of sequences, where they differ; None: the mask tells
+            them.
     """
 
     layer: str
@@ -49,14 +49,14 @@ class _Recurrence:
     tokens: tuple[int, ...]
     state: int
     mask: int
-    lengths: str | None = None
+    lengths: int | None = None
 
 
 _DELTA = "gated_delta_update", (0, 1, 2, 3, 4), 7, 8
+_MAMBA2 = "ssm_update", (0, 2, 3, 5), 7, 9, 10
 _RECURRENCES = {
-    "mlx_lm.models.nemotron_h": _Recurrence(
-        "NemotronHMamba2Mixer", "ssm_update", (0, 2, 3, 5), 7, 9, "lengths"
-    ),
+    "mlx_lm.models.granitemoehybrid": _Recurrence("GraniteMoeHybridMamba2Mixer", *_MAMBA2),
+    "mlx_lm.models.nemotron_h": _Recurrence("NemotronHMamba2Mixer", *_MAMBA2),
     "mlx_lm.models.qwen3_next": _Recurrence("Qwen3NextGatedDeltaNet", *_DELTA),
     "mlx_lm.models.qwen3_5": _Recurrence("GatedDeltaNet", *_DELTA),
 }
@@ -114,10 +114,10 @@ class _LayerPass:
         for place in kind.tokens:
             inputs[place] = inputs[place][:, :longest]
         inputs[kind.mask] = mask
-        lengths = (
-            {} if mask is None or kind.lengths is None else {kind.lengths: mx.array(list(kept))}
-        )
-        _, state = self.update(*inputs, **lengths)
+        if kind.lengths is not None:
+            inputs = [*inputs, *[None] * (kind.lengths + 1 - len(inputs))]
+            inputs[kind.lengths] = mx.array(list(kept)) if mask is not None else None
+        _, state = self.update(*inputs)
         if 0 in kept and before is not None:  # some kernels for one token know no mask
             rows = mx.array(list(kept)).reshape(-1, *[1] * (state.ndim - 1))
             state = mx.where(rows == 0, before, state)
@@ -369,7 +369,7 @@ def _make_recorder(kind: _Recurrence, update: Callable[..., Any]) -> Callable[..
         if layers is not None:
             layer = layers[-1]
             layer.recurrence, layer.inputs = kind, arguments
-            layer.update = lambda *inputs, **lengths: update(*inputs, **keywords, **lengths)
+            layer.update = lambda *inputs: update(*inputs, **keywords)
         return update(*arguments, **keywords)
 
     record.is_recording = True  # type: ignore[attr-defined]
