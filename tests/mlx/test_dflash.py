@@ -222,6 +222,7 @@ def test_a_drafter_of_another_model_is_refused(served, drafters, changes, messag
         ({"block_size": 1}, "block_size: expected a block of 1 to 64 drafted tokens"),
         ({"block_size": 10**9}, "block_size: expected a block of 1 to 64 drafted tokens"),
         ({"layer_types": ["full_attention"]}, "layer_types: expected full_attention or"),
+        ({"rope_theta": [1]}, "rope_theta: expected a positive number"),
         ({"layer_types": 7}, "layer_types: expected full_attention or"),
         ({"layer_types": ["sliding_attention"] * 2}, "sliding_window: expected a positive"),
         ({"attention_sink_bias": True}, "attention_sink_bias: expected False, which alone"),
@@ -240,3 +241,9 @@ def test_a_damaged_config_ends_in_a_sentence(served, drafters, changes, message)
 def test_random_damage_never_raises_anything_else(served, drafters, tmp_path):
     whole = drafters(is_dspark=True)
     assert damage_at_random(whole, tmp_path / "damaged", served) > 5
+
+
+def test_a_model_whose_head_cannot_be_read_alone_is_refused(served, drafters, monkeypatch):
+    monkeypatch.setattr("cenacle.engine.speculative.draft_model.find_head", lambda _: None)
+    with pytest.raises(InputError, match="output head: expected one that can be read alone"):
+        inspect(drafters(), served)

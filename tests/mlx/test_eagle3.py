@@ -244,6 +244,8 @@ def test_a_drafter_of_another_model_is_refused(served, drafters, changes, messag
         ({"num_hidden_layers": 900}, "expected at most 64|cannot hold so many"),
         ({"num_attention_heads": 5}, "the files do not fit EAGLE-3"),
         ({"hidden_act": "relu"}, "hidden_act: expected silu"),
+        ({"rope_theta": "x"}, "rope_theta: expected a positive number, got 'x'"),
+        ({"rms_norm_eps": -1}, "rms_norm_eps: expected a positive number, got -1"),
         ({"intermediate_size": [1]}, "the files do not fit EAGLE-3"),
         ({"eagle_aux_hidden_state_layer_ids": "123"}, "expected numbers of different layers"),
         ({"eagle_aux_hidden_state_layer_ids": [1, 1, 2]}, "expected numbers of different layers"),

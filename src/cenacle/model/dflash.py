@@ -58,6 +58,7 @@ def read_dflash(draft: Checkpoint, served: ServedShape) -> FittingDrafter:
     for key, value in _UNSUPPORTED.items():
         if (got := merged.get(key, value)) != value:
             raise fit.damage(key, f"{value!r}, which alone is supported", got)
+    fit.require_numbers()
     fit.require_vocabulary()
     layers = fit.served_layers(merged.get("target_layer_ids"))
     if (count := fit.size("num_target_layers", served.layers)) != served.layers:

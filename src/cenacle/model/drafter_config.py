@@ -10,6 +10,7 @@ Next: `eagle3.py` and `dflash.py`, the forms that are supported, and
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,6 +164,18 @@ class Fit:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.damage(key, "a positive integer", value)
         return value
+
+    def require_numbers(self) -> None:
+        """What scales positions and norms are positive numbers.
+
+        Raises:
+            CheckpointError: one is not.
+        """
+        for key in ("rope_theta", "rms_norm_eps"):
+            value = self.config.get(key, 1.0)
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
+                raise self.damage(key, "a positive number", value)
 
     def require_vocabulary(self) -> None:
         """Token ids are those of the served model.

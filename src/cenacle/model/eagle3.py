@@ -48,6 +48,7 @@ def read_eagle3(draft: Checkpoint, served: ServedShape) -> FittingDrafter:
     """
     fit = Fit.read(draft, EAGLE3, served)
     tensors = {_rename(name): tensor for name, tensor in draft.tensors.items()}
+    fit.require_numbers()
     fit.require_vocabulary()
     draft_vocab_size = fit.size("draft_vocab_size", served.vocab_size)
     if draft_vocab_size != served.vocab_size and "d2t" not in tensors:

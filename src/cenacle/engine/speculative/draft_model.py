@@ -208,9 +208,9 @@ class DraftModelConfig:
         head = find_head(served)
         if not fitting.has_head and (head is None or checkpoint.gguf is not None):
             raise _draft_error(
-                f"{draft.folder.name}: expected a served model whose output head can be used, "
-                f"which {shape.name} is not (it is a GGUF file, or of another form); expected "
-                f"{SUPPORTED}"
+                f"{draft.folder.name} ({form}) needs the served model's output head: expected one "
+                f"that can be read alone, got that of {shape.name} (a GGUF file, or of another "
+                f"form); use an {EAGLE3} drafter, or a small language model with the same tokenizer"
             )
         _make_head(fitting, model, served, None, shape)  # its tensors fit
         weights = [model] if fitting.has_head else [model, head]
