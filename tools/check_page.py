@@ -7,6 +7,7 @@ questions for the cluster view; the page's own requests for answers are played.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import sys
@@ -109,7 +110,7 @@ def ask(page: Page, text: str) -> None:
 def check_views(browser: Browser, url: str, axe: str, folder: Path) -> int:
     """Screenshots and findings of each view and dialog; the number of serious findings."""
     serious = 0
-    for width, scheme in ((390, "dark"), (768, "light"), (1280, "light"), (1280, "dark")):
+    for width, scheme in itertools.product((390, 768, 1280), ("light", "dark")):
         page = open_page(browser, url, width, scheme)
         page.evaluate(PLAY, ANSWER)
         for question in ("Explain Euler's identity", "Once more, please"):

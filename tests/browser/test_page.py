@@ -214,6 +214,15 @@ def test_errors_are_explained(opened):
     page.wait_for_selector(".error:not([hidden])")
     assert page.inner_text(".error") == "The server is busy. Try again in 3 s."
     page.unroute("**/v1/chat/completions")
+    missing = {"message": "no model is loaded yet: 1 of 2 nodes are available (one)"}
+    page.route(
+        "**/v1/chat/completions",
+        lambda r: r.fulfill(status=503, json={"error": {**missing, "code": "nodes_missing"}}),
+    )
+    page.click("[aria-label='Try again']")
+    waiting = "The cluster is waiting for machines: 1 of 2 nodes are available (one). On each"
+    page.wait_for_selector(f".error:has-text('{waiting}')")
+    page.unroute("**/v1/chat/completions")
     page.click("[aria-label='Try again']")
     assert answers(page) == ["42"]
 

@@ -49,9 +49,11 @@ async function request(path, options = {}, mayPrompt = true) {
 
 async function toServerError(response) {
   let detail = "";
+  let isWaiting = false; // for the machines of a cluster
   try {
     const body = await response.json();
     detail = body?.error?.message ?? body?.reason ?? "";
+    isWaiting = body?.error?.code === "nodes_missing";
   } catch { /* not JSON: the status has to do */ }
   const retryAfter = Number(response.headers.get("retry-after")) || null;
   const message = {
@@ -62,6 +64,10 @@ async function toServerError(response) {
     429: `The server is busy. Try again in ${retryAfter ? `${retryAfter} s` : "a moment"}.`,
     503: "The model is not available.",
   }[response.status] ?? `The server returned status ${response.status}.`;
+  if (isWaiting) {
+    const missing = detail.replace(/^no model is loaded yet(: )?/, "");
+    return new ServerError(`The cluster is waiting for machines${missing && `: ${missing}`}. On each of them run the line that “cenacle up” has printed; “cenacle nodes --invite” prints a new one.`, response.status, retryAfter);
+  }
   return new ServerError(detail ? `${message} ${detail}` : message, response.status, retryAfter);
 }
 
