@@ -599,6 +599,7 @@ def test_a_head_keeps_its_roster_and_runs_once(tmp_path):
         until(lambda: names(head).get("two", {}).get("connected"), "two again")  # needs no token
         head.close()
     assert "does not answer" in said[1]
+    assert not any("Errno" in s for s in said)
 
 
 def test_a_head_that_ends_reports_no_lost_agent(tmp_path, caplog):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import os
 import signal
 import socket
 import ssl
@@ -229,7 +230,10 @@ class Agent:
             return (
                 f"{self._head_address} is not the head of this node's cluster; waiting for the head"
             )
-        return f"the head at {self._head_address} does not answer ({error}); waiting for it"
+        reason = str(error)
+        if isinstance(error, OSError) and error.errno is not None and error.errno > 0:
+            reason = os.strerror(error.errno)  # asyncio's text has numbers and tuples
+        return f"the head at {self._head_address} does not answer ({reason}); waiting for it"
 
     # ---- Orders: the model --------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ async function toServerError(response) {
   }[response.status] ?? `The server returned status ${response.status}.`;
   if (isWaiting) {
     const missing = detail.replace(/^no model is loaded yet(: )?/, "");
-    return new ServerError(`The cluster is waiting for machines${missing && `: ${missing}`}. On each of them run the line that “cenacle up” has printed; “cenacle nodes --invite” prints a new one.`, response.status, retryAfter);
+    return new ServerError(`The cluster is waiting for machines${missing && `: ${missing}`}. On each missing one run the line that “cenacle up” has printed; “cenacle nodes --invite” prints a new one.`, response.status, retryAfter);
   }
   return new ServerError(detail ? `${message} ${detail}` : message, response.status, retryAfter);
 }
