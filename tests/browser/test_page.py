@@ -220,7 +220,7 @@ def test_errors_are_explained(opened):
         lambda r: r.fulfill(status=503, json={"error": {**missing, "code": "nodes_missing"}}),
     )
     page.click("[aria-label='Try again']")
-    waiting = "The cluster is waiting for machines: 1 of 2 nodes are available (one). On each missing"
+    waiting = "The cluster is waiting for machines: 1 of 2 nodes are available (one). On each "
     page.wait_for_selector(f".error:has-text('{waiting}')")
     page.unroute("**/v1/chat/completions")
     page.click("[aria-label='Try again']")
