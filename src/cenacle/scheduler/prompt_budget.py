@@ -19,7 +19,7 @@ INITIAL_TOKENS = 16  # until steps were timed
 REFRESH_STEPS = 64  # with prompts, after which decoding alone is timed again
 FIRST_REFRESH_STEPS = 4  # the same where this many answers were never timed
 DECODE_STEPS = 3  # in a row, to time decoding alone: the first follows a prompt's
-DECODE_SAMPLES, TOKEN_SAMPLES = 8, 9  # of which the second least and the median count
+DECODE_SAMPLES, TOKEN_SAMPLES = 12, 9  # of which the lower quartile and the median count
 
 
 class PromptBudget:
@@ -94,6 +94,6 @@ class PromptBudget:
             return None
         nearest = min(self._decode_s, key=lambda known: abs(known - answers))
         # What a busy machine adds is no part of a step. Were it counted, the bound would grow with
-        # it, and prompt tokens would seem cheap too. The very least may be a step timed short.
+        # it, and prompt tokens would seem cheap too.
         samples = sorted(self._decode_s[nearest])
-        return samples[len(samples) // DECODE_SAMPLES] * min(1.0, answers / nearest)
+        return samples[len(samples) // 4] * min(1.0, answers / nearest)
