@@ -170,7 +170,7 @@ def change(data, old, new):
         (lambda d: d[:4] + struct.pack(">I", 3) + d[8:], "big-endian"),
         (lambda d: d[:8] + struct.pack("<Q", 2**40) + d[16:], "tensors"),
         (lambda d: change(d, b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"), "one name"),
-        (lambda d: change(d, b"blk.1.attn_q.weight", b"blk.9.attn_q.weight"), "none of a dense"),
+        (lambda d: change(d, b"blk.1.attn_q.weight", b"blk.9.attn_q.weight"), "in a dense"),
         (lambda d: change(d, b"llama.block_count", b"llama.block_cound"), "block_count"),
         (lambda d: change(d, b"smollm", b"smellm"), "tokenizer.ggml.pre"),
         (lambda d: change(d, b"ggml.tokens", b"ggml.tokems"), "vocabulary"),

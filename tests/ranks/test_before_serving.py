@@ -26,7 +26,7 @@ def serve(folder, nodes, verify=True, **options):
         patch.setenv("CENACLE_HOME", str(folder))
         loaded = Model.load(load_options, report=reported.append)
     with loaded as model:
-        assert model.group.counts == {"requests": 0, "prompt_tokens": 0, "generated_tokens": 0}
+        assert not any(model.group.counts.values())
         assert model.generate("What is 12 + 30?", max_tokens=8).text == "42"
     return reported
 

@@ -115,8 +115,11 @@ def test_a_local_model(environment, tmp_path):
     terminal.see("system prompt: one")
     terminal.see("two")
     terminal.see("three")
+    terminal.ready()  # before that, the terminal itself would make Ctrl-C a signal
     terminal.type("not this\x03")
+    terminal.ready()
     terminal.type("/new\r")
+    terminal.ready()
     assert "12" in terminal.ask("What is 7 + 5?")
     assert terminal.leave() == 0
     kept = Path(environment["CENACLE_HOME"]) / "chat_history"
