@@ -19,14 +19,15 @@ install: .venv/installed
 demo: install
 	$(BIN)/cenacle demo --nodes 2
 
-# In four processes, a file in one of them: tests that start several ranks often wait for them.
+# In three processes, a file in one of them: tests that start several ranks often wait for them
+# (four are 2 % quicker on two cores, and make each test slower).
 # Beside them those with hosts, which wait for deadlines of seconds, one file after the other; and
 # lint, which uses one core.
 test: install
 	@$(MAKE) --no-print-directory --jobs 3 lint test-others test-hosts
 
 test-others:
-	MAKEFLAGS= $(BIN)/pytest --numprocesses 4 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
+	MAKEFLAGS= $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --max-worker-restart 0 \
 	  tests/ranks tests/browser tests/mlx tests/unit
 
 HOSTS_LOG := build/test-hosts.log

@@ -67,7 +67,7 @@ def test_bench_gives_one_object_with_everything(folder, tmp_path):
         "--prompt-tokens",
         16,
         "--peer-timeout-s",
-        2,
+        10,
         "--cache-dir",
         tmp_path / "cache",
         "--json",
@@ -88,7 +88,7 @@ def test_bench_gives_one_object_with_everything(folder, tmp_path):
     assert good["decode_ratio"] == pytest.approx(result["decode"][0]["tok_per_s"] / 50)
     assert good["prefill_ratio"] == pytest.approx(result["prefill"][0]["tok_per_s"] / 50)
     assert "status 1: out of luck" in bad["failed"]
-    assert "not done within 2 s" in slow["failed"]
+    assert "not done within 10 s" in slow["failed"]
     assert result["hardware_limits"]["read_gb_s"]["1"] > 0
     assert result["hardware_limits"]["all_reduce_us"] == []
     token = result["hardware_limits"]["token"]
