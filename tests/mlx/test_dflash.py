@@ -35,21 +35,13 @@ from cenacle.engine.speculative.mtp import draft_tokens
 from cenacle.errors import CheckpointError
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.mtp import record_layer_outputs
-from support.drafter_checkpoint import write_dflash
+from support.drafter_checkpoint import OncePerOptions, write_dflash
 
 
 @pytest.fixture(scope="module")
 def drafters(tmp_path_factory, served):
     """By arguments of `write_dflash`, made when first asked for."""
-    made, folder = {}, tmp_path_factory.mktemp("drafters")
-
-    def get(**options):
-        key = json.dumps(options, sort_keys=True)
-        if key not in made:
-            made[key] = write_dflash(folder / str(len(made)), served.folder, LAYERS, **options)
-        return made[key]
-
-    return get
+    return OncePerOptions(write_dflash, tmp_path_factory.mktemp("drafters"), served.folder, LAYERS)
 
 
 @pytest.mark.parametrize("kernels", ["mlx", "auto"])

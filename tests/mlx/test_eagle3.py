@@ -20,9 +20,6 @@ from cenacle.cli.main import make_app
 from cenacle.collective.single import SingleRank
 from cenacle.core.plan import Plan
 from cenacle.core.request import Request, Sampling
-from cenacle.core.step import PromptChunk, Step
-from cenacle.engine.engine import Engine
-from cenacle.engine.options import EngineOptions
 from cenacle.engine.speculative.draft_model import DraftModelConfig, load_drafter
 from cenacle.engine.speculative.mtp import HiddenStates, MtpProposer
 from cenacle.errors import CenacleError, CheckpointError
@@ -33,7 +30,8 @@ from cenacle.model.loader import load_rank_model
 from cenacle.model.mtp import record_layer_outputs
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
-from support.drafter_checkpoint import write_eagle3, write_served
+from support.drafter_checkpoint import OncePerOptions, write_eagle3, write_served
+from support.drafts import generate_alone
 
 LAYERS, WIDTH, VOCAB_SIZE = (0, 1, 2), 64, 512
 PROMPT = (5, 80, 200, 17, 9)
@@ -47,15 +45,7 @@ def served(tmp_path_factory):
 @pytest.fixture(scope="module")
 def drafters(tmp_path_factory, served):
     """By arguments of `write_eagle3`, made when first asked for."""
-    made, folder = {}, tmp_path_factory.mktemp("drafters")
-
-    def get(**options):
-        key = json.dumps(options, sort_keys=True)
-        if key not in made:
-            made[key] = write_eagle3(folder / str(len(made)), served.folder, LAYERS, **options)
-        return made[key]
-
-    return get
+    return OncePerOptions(write_eagle3, tmp_path_factory.mktemp("drafters"), served.folder, LAYERS)
 
 
 def inspect(folder, served, **options):
@@ -165,17 +155,7 @@ def generate(served, drafter, limit=25, **sampling):
         proposer = make_proposer(drafter, served, model)
         layers = inspect(drafter, served).layers
         record_layer_outputs(model, layers, proposer.states.record)
-    options = EngineOptions(speculative="off" if drafter is None else "always")
-    engine = Engine(model, SingleRank(), StepTimer(), options, draft_model=proposer)
-    request = Request("a", PROMPT, limit, (), Sampling(**{"seed": 0, **sampling}))
-    chunk = PromptChunk("a", 0, len(PROMPT))
-    events, number = list(engine.step(Step(0, (request,), final_chunks=(chunk,)))[0]), 1
-    while not events or events[-1].finish is None:
-        events += engine.step(Step(number))[0]
-        number += 1
-    drafts = engine.take_draft_stats()
-    engine.close()
-    return [e.token for e in events], drafts
+    return generate_alone(model, proposer, PROMPT, limit, **sampling)
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,6 @@ from test_mtp_zoo import FAMILIES as ZOO_FAMILIES
 from cenacle.collective.single import SingleRank
 from cenacle.core.model_config import text_config
 from cenacle.core.plan import Plan
-from cenacle.core.request import Request, Sampling
-from cenacle.core.step import PromptChunk, Step
-from cenacle.engine.engine import Engine
-from cenacle.engine.options import EngineOptions
 from cenacle.engine.speculative.draft_model import DraftModelConfig, load_mtp
 from cenacle.engine.speculative.mtp import HiddenStates, MtpProposer
 from cenacle.errors import CheckpointError
@@ -40,6 +36,7 @@ from cenacle.model.mtp import (
 from cenacle.model.slicing import ModelLayout
 from cenacle.model.spec_reader import read_model_spec
 from cenacle.model.step_timer import StepTimer
+from support.drafts import generate_alone
 from support.mtp_checkpoint import publish_qwen, write_mtp
 from support.quantized_formats import FORMATS, write_safetensors
 
@@ -78,17 +75,7 @@ def generate(checkpoint, mode, limit=40, **sampling):
         record_hidden_states(model, states.record)
         vocab_size = text_config(checkpoint.config)["vocab_size"]
         drafter = MtpProposer(SingleRank(), load_mtp(checkpoint, "auto"), states, vocab_size)
-    options = EngineOptions(speculative=mode)
-    engine = Engine(model, SingleRank(), StepTimer(), options, draft_model=drafter)
-    request = Request("a", PROMPT, limit, (), Sampling(**{"seed": 0, **sampling}))
-    chunk = PromptChunk("a", 0, len(PROMPT))
-    events, number = list(engine.step(Step(0, (request,), final_chunks=(chunk,)))[0]), 1
-    while not events or events[-1].finish is None:
-        events += engine.step(Step(number))[0]
-        number += 1
-    drafts = engine.take_draft_stats()
-    engine.close()
-    return [e.token for e in events], drafts
+    return generate_alone(model, drafter, PROMPT, limit, **sampling)
 
 
 @pytest.mark.parametrize("family", MTP_FAMILIES)

@@ -7,7 +7,9 @@ expects what the model expects.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -224,3 +226,27 @@ def write_dflash(
     (folder / "config.json").write_text(json.dumps(config | changes))
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, metadata={"format": "pt"})
     return folder
+
+
+class OncePerOptions:
+    """Drafters by the arguments of a function that writes them, each written when first asked for.
+
+    Args:
+        write: `write_eagle3` or `write_dflash`.
+        root: their folders are in it.
+        served, layers: arguments of `write`.
+    """
+
+    def __init__(
+        self, write: Callable[..., Path], root: Path, served: Path, layers: tuple[int, ...]
+    ) -> None:
+        self._write, self._root, self._served, self._layers = write, root, served, layers
+        self._written: dict[str, Path] = {}
+
+    def __call__(self, **options: Any) -> Path:
+        """The folder of one."""
+        key = json.dumps(options, sort_keys=True)
+        if key not in self._written:
+            folder = self._root / str(len(self._written))
+            self._written[key] = self._write(folder, self._served, self._layers, **options)
+        return self._written[key]

@@ -20,11 +20,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import qwen3
-from mlx_lm.models.cache import make_prompt_cache
 
 from ..core.model_config import Config
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
+from .draft_heads import DraftHead
 from .drafter_config import DFLASH, DSPARK, MAX_LAYERS, Fit, FittingDrafter, ServedShape, find_form
 from .families import Zoo
 from .zoo import ModelClasses
@@ -228,8 +228,8 @@ def _mask(
     return mx.concatenate([mx.stack(rows), inside], axis=-1)[:, None]
 
 
-class DFlashHead:
-    """A drafter in memory.
+class DFlashHead(DraftHead):
+    """Drafts a block at once.
 
     Args:
         model: loaded, its layers as they are.
@@ -237,12 +237,9 @@ class DFlashHead:
     """
 
     def __init__(self, model: Any, embedding: Any, head: Any) -> None:
-        self.model, self._embed, self._head = model, embedding, head
+        super().__init__(model)
+        self._embed, self._head = embedding, head
         self._args: DFlashArguments = model._args
-
-    def make_caches(self) -> list[Any]:
-        """Empty ones, of one sequence."""
-        return make_prompt_cache(self.model)
 
     def join(self, states: mx.array) -> mx.array:
         """The served model's states of tokens, [..., layers * width], as attention reads them,
@@ -268,8 +265,8 @@ class DFlashHead:
         states: mx.array = self.model(self._embed(block), caches)
         return self.model.norm(states[:, -count:])
 
-    def logits(self, states: mx.array, previous: mx.array) -> mx.array:
-        """Of a drafted token.
+    def score(self, states: mx.array, previous: mx.array) -> mx.array:
+        """Logits of a drafted token.
 
         Args:
             states: of its place, [rows, width].

@@ -15,7 +15,6 @@ Next: `engine/speculative/mtp.py`, which drafts with it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import llama
 from mlx_lm.models.base import create_attention_mask
-from mlx_lm.models.cache import make_prompt_cache
 
 from ..core.model_config import Config
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint
+from .draft_heads import TokenHead
 from .drafter_config import EAGLE3, MAX_LAYERS, Fit, FittingDrafter, ServedShape
 from .families import Zoo
-from .mtp import at_places
 from .zoo import ModelClasses
 
 _UNUSED = ("t2d", "verifier_", "rotary_emb")  # the beginnings of names of tensors, or parts
@@ -217,7 +215,7 @@ def read_token_ids(model: Any, folder: Path, vocab_size: int) -> mx.array | None
     return mx.array(ids.astype(np.int32))
 
 
-class Eagle3Head:
+class Eagle3Head(TokenHead):
     """A drafter in memory.
 
     Args:
@@ -234,13 +232,9 @@ class Eagle3Head:
         token_ids: mx.array | None,
         vocab_size: int,
     ) -> None:
-        self.model = model
+        super().__init__(model)
         self._embed: Any = model.embed_tokens if "embed_tokens" in model else embedding
         self._token_ids, self._vocab_size = token_ids, vocab_size
-
-    def make_caches(self) -> list[Any]:
-        """Empty ones, of one sequence."""
-        return make_prompt_cache(self.model)
 
     def join(self, states: mx.array) -> mx.array:
         """The served model's states of tokens, [..., layers * width], as the first layer reads
@@ -250,22 +244,18 @@ class Eagle3Head:
         joined: mx.array = self.model.fc(states)
         return joined
 
-    def __call__(
-        self,
-        ids: mx.array,
-        hidden: mx.array,
-        caches: list[Any],
-        places: Sequence[int] | None = None,
-    ) -> tuple[mx.array, mx.array]:
-        """As `mtp.MtpHead`; hidden states are joined, or what this returned."""
+    def read(self, ids: mx.array, hidden: mx.array, caches: list[Any]) -> tuple[mx.array, mx.array]:
+        """See `TokenHead`."""
         states = self.model(self._embed(ids), hidden, caches)
-        last = states[:, -1] if places is None else at_places(states, places)[:, 0]
-        last = self.model.norm(last)
-        logits = (
-            self.model.lm_head(last) if "lm_head" in self.model else self._embed.as_linear(last)
-        )
-        if self._token_ids is not None:
-            known, shape = logits, (logits.shape[0], self._vocab_size)
-            logits = mx.full(shape, -mx.inf, dtype=known.dtype)
-            logits[:, self._token_ids] = known
-        return logits, states
+        return states, states
+
+    def score(self, outputs: mx.array) -> mx.array:
+        """See `TokenHead`."""
+        outputs = self.model.norm(outputs)
+        head = self.model.lm_head if "lm_head" in self.model else self._embed.as_linear
+        known: mx.array = head(outputs)
+        if self._token_ids is None:
+            return known
+        logits = mx.full((known.shape[0], self._vocab_size), -mx.inf, dtype=known.dtype)
+        logits[:, self._token_ids] = known
+        return logits

@@ -10,7 +10,7 @@ Ling have it as layer `num_hidden_layers`, with `eh_proj`, `enorm` and `hnorm`; 
 How: the layer is read as a checkpoint of one layer with the same config, so that conversions,
 formats and kernels are those of the family.
 Source: DeepSeek-V3 Technical Report (2024), section 2.2.
-Next: `engine/speculative/mtp.py`, which drafts with it.
+Next: `draft_heads.py`, which calls such a model.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import make_prompt_cache
 
 from ..core.model_config import EXPERT_COUNT_KEYS, Config, text_config
 from ..errors import CheckpointError
@@ -461,120 +460,14 @@ def decoder(model: Any) -> Any:
     return text.get("backbone") or text.model
 
 
-def make_head(model: Any, family: str) -> MtpHead | ZooHead:
-    """Of a model that was loaded from `mtp_checkpoint`."""
-    return ZooHead(model, family) if FORMS[family].is_zoo else MtpHead(model)
-
-
-class _Given(nn.Module):
-    """In the place of an embedding: returns what it was given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._value: mx.array | None = None
-
-    def give(self, value: mx.array) -> None:
-        self._value = value
-
-    def __call__(self, ids: mx.array) -> mx.array:  # noqa: ARG002
-        value, self._value = self._value, None
-        assert value is not None
-        return value
-
-
-class MtpHead:
-    """A layer of the model's own kind.
-
-    Args:
-        model: loaded from `mtp_checkpoint`.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self._text, self._decoder = language_model(model), decoder(model)
-        name = next(name for name in _EMBEDDINGS if name in self._decoder)
-        self._embed, self._given = self._decoder[name], _Given()
-        self._decoder[name] = self._given
-        self._absent: list[None] = []
-        if hasattr(self._decoder, "ssm_idx"):  # of a layer with a state, which this has not
-            self._decoder.ssm_idx, self._absent = -1, [None]
-
-    def make_caches(self) -> list[Any]:
-        """Empty ones, of one sequence."""
-        return make_prompt_cache(self.model)
-
-    def join(self, states: mx.array) -> mx.array:
-        """The served model's states of tokens as the layer reads them: as they are."""
-        return states
-
-    def __call__(
-        self,
-        ids: mx.array,
-        hidden: mx.array,
-        caches: list[Any],
-        places: Sequence[int] | None = None,
-    ) -> tuple[mx.array, mx.array]:
-        """Logits of what follows the last token, and the hidden states of all.
-
-        Args:
-            ids: [batch, length].
-            hidden: of the tokens before each, see `record_hidden_states`.
-            caches: of the layer.
-            places: of each row's last token, where some are padded; None: the final one.
-
-        Returns:
-            [batch, vocabulary] and [batch, length, width].
-        """
-        self._given.give(self._text[INPUT](self._embed(ids), hidden))
-        states = self._decoder(ids, [*caches, *self._absent])
-        last = states[:, -1] if places is None else at_places(states, places)[:, 0]
-        if "lm_head" in self._text:
-            return self._text.lm_head(last), states
-        return self._embed.as_linear(last), states
-
-
-class ZooHead:
-    """mlx-vlm's drafter.
-
-    Args:
-        model: loaded from `mtp_checkpoint`.
-        family: of the model that is served.
-    """
-
-    def __init__(self, model: Any, family: str) -> None:
-        self.model, self._forward = model, ZOO_DRAFTERS[family].forward
-
-    def make_caches(self) -> list[Any]:
-        """See `MtpHead`."""
-        return make_prompt_cache(self.model)
-
-    def join(self, states: mx.array) -> mx.array:
-        """See `MtpHead`."""
-        return states
-
-    def __call__(
-        self,
-        ids: mx.array,
-        hidden: mx.array,
-        caches: list[Any],
-        places: Sequence[int] | None = None,
-    ) -> tuple[mx.array, mx.array]:
-        """See `MtpHead`."""
-        embed = self.model.model.embed_tokens
-        made, states = self._forward(self.model.drafter, embed(ids), hidden, ids, caches)
-        last = made[:, -1] if places is None else at_places(made, places)[:, 0]
-        output = self.model.lm_head if "lm_head" in self.model else embed.as_linear
-        return output(last)[..., : self.model.known_tokens], states
-
-
-def at_places(values: mx.array, places: Sequence[int]) -> mx.array:
-    """One place of each row: [rows, length, width] -> [rows, 1, width]."""
-    return mx.take_along_axis(values, mx.array(list(places))[:, None, None], axis=1)
-
-
 RecordStates = Callable[[mx.array], None]
 """Called with hidden states behind the final norm, [batch, length, width], or those that the
 family's drafter reads, all streams of a token in one row."""
+
+
+def find_embedding_name(decoder: Any) -> str:
+    """Of the embedding of tokens in a decoder."""
+    return next(name for name in _EMBEDDINGS if name in decoder)
 
 
 def record_hidden_states(model: Any, record: RecordStates) -> None:

@@ -6,7 +6,7 @@ How: a drafter of mlx-vlm is the layer, with its norms and what joins its inputs
 embedding and an output head. Its tensors lie below `LAYER`, under the names that follow the prefix
 in the file; the drafter's own conversion does the rest.
 Invariant: mlx-vlm is imported only for a config that asks for a drafter.
-Next: `mtp.py`, which reads such a model and calls it.
+Next: `mtp.py`, which reads such a model; `draft_heads.py`, which calls it.
 """
 
 from __future__ import annotations

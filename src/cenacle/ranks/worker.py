@@ -67,9 +67,8 @@ if TYPE_CHECKING:
     from ..engine.sampling.grammar import Vocabulary
     from ..engine.speculative.decoder import Drafter
     from ..engine.speculative.draft_model import DraftModelConfig
-    from ..engine.speculative.mtp import DraftHead
     from ..model.checksums import Checksums
-    from ..model.dflash import DFlashHead
+    from ..model.draft_heads import DraftHead
     from ..model.step_timer import StepTimer
     from ..text.tokenizer import ChatTokenizer
 
@@ -526,7 +525,7 @@ class _Worker:
         checkpoint = Checkpoint.open(Path(draft.folder)) if is_first else None
         if draft.mtp or draft.form:
             states = HiddenStates()
-            head: DraftHead | DFlashHead | None = None
+            head: DraftHead | None = None
             if draft.form:
                 if checkpoint is not None:
                     head = draft_model.load_drafter(checkpoint, self._checkpoint, served, kernels)

@@ -35,6 +35,7 @@ from ...core.units import format_bytes
 from ...errors import CheckpointError, InputError
 from ...model import architecture, dflash, eagle3, loader, native_blocks, native_layers
 from ...model.checkpoint import Checkpoint, locate_checkpoint
+from ...model.draft_heads import DraftHead, TokenHead, make_mtp_head
 from ...model.drafter_config import (
     DFLASH,
     DSPARK,
@@ -46,14 +47,11 @@ from ...model.drafter_config import (
 )
 from ...model.expert_parallel import parallelize
 from ...model.mtp import (
-    MtpHead,
-    ZooHead,
     describe_misfit,
     describe_unused,
     find_embedding,
     find_head,
     has_mtp,
-    make_head,
     mtp_checkpoint,
     record_layer_outputs,
 )
@@ -75,7 +73,6 @@ SampleToken = Callable[[mx.array, int], mx.array]
 """Log-probabilities [1, vocabulary] and a position in the output -> token id [1]."""
 
 _READERS = {EAGLE3: eagle3.read_eagle3, DFLASH: dflash.read_dflash, DSPARK: dflash.read_dflash}
-DrafterHead = eagle3.Eagle3Head | dflash.DFlashHead
 
 READ_TOKENS = 128  # of a text that the draft model reads beside one token of the output
 MAX_UNREAD_TOKENS = 32  # tokens that it reads in the pass that drafts
@@ -212,7 +209,7 @@ class DraftModelConfig:
                 f"that can be read alone, got that of {shape.name} (a GGUF file, or of another "
                 f"form); use an {EAGLE3} drafter, or a small language model with the same tokenizer"
             )
-        _make_head(fitting, model, served, None, shape)  # its tensors fit
+        _make_drafter_head(fitting, model, served, None, shape)  # its tensors fit
         weights = [model] if fitting.has_head else [model, head]
         context_length = model_config.find_int(checkpoint.config, model_config.CONTEXT_LENGTH_KEYS)
         return cls(
@@ -387,7 +384,7 @@ def _load_dense(
     return model
 
 
-def load_mtp(checkpoint: Checkpoint, kernels: str) -> MtpHead | ZooHead:
+def load_mtp(checkpoint: Checkpoint, kernels: str) -> TokenHead:
     """Load the multi-token prediction layer of a checkpoint into this process.
 
     Args:
@@ -397,12 +394,12 @@ def load_mtp(checkpoint: Checkpoint, kernels: str) -> MtpHead | ZooHead:
         CheckpointError, InputError: see `load_draft_model`.
     """
     family = architecture.resolve_family(checkpoint.config)
-    return make_head(load_draft_model(mtp_checkpoint(checkpoint, family), kernels), family)
+    return make_mtp_head(load_draft_model(mtp_checkpoint(checkpoint, family), kernels), family)
 
 
 def load_drafter(
     draft: Checkpoint, checkpoint: Checkpoint, served: nn.Module, kernels: str
-) -> DrafterHead:
+) -> DraftHead:
     """Load a drafter that was made for a model into this process.
 
     Args:
@@ -417,16 +414,16 @@ def load_drafter(
     shape = ServedShape.read(checkpoint)
     fitting = _READERS[find_form(draft.config) or EAGLE3](draft, shape)
     model = _load_dense(fitting.checkpoint, kernels, fitting.classes)
-    return _make_head(fitting, model, served, checkpoint, shape)
+    return _make_drafter_head(fitting, model, served, checkpoint, shape)
 
 
-def _make_head(
+def _make_drafter_head(
     fitting: FittingDrafter,
     model: nn.Module,
     served: nn.Module,
     checkpoint: Checkpoint | None,
     shape: ServedShape,
-) -> DrafterHead:
+) -> DraftHead:
     """
     Args:
         checkpoint: of the served model, whose output head is read where ranks have parts of it;

@@ -23,7 +23,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from ...collective.base import Collective
-from ...model.mtp import at_places
+from ...model.draft_heads import at_places
 from ..cache.ragged_cache import (
     clear_sequence,
     extract_sequence,

@@ -1,8 +1,8 @@
 """Proposals by what reads hidden states: the multi-token prediction layer of the served checkpoint,
 or a drafter that was made for the model.
 
-Owns: `HiddenStates`, those of the last tokens that the model has seen; `DraftHead`, what is asked
-of such a layer; `MtpProposer`, its proposals, on every rank.
+Owns: `HiddenStates`, those of the last tokens that the model has seen; `draft_tokens`, which has a
+head draft; `MtpProposer`, its proposals, on every rank.
 Does not know: requests, what becomes of proposals (`decoder.py`).
 Rank 0 has the layer, whole, and sends each draft to the others, as a draft model's
 (`draft_model.py` says why). The layer reads hidden states of the model, which each pass of the
@@ -17,53 +17,31 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ...collective.base import Collective
 from ...model.dflash import DFlashHead
-from ...model.mtp import at_places
+from ...model.draft_heads import DraftHead, TokenHead, at_places
 from ..cache.state_rewinder import Rewinder, make_rewinder
 from .draft_model import SampleToken, fit_vocabulary
 
 KEPT_TOKENS = 256
 
-
-class DraftHead(Protocol):
-    """What drafts from hidden states, one token after the other, such as `model.mtp.MtpHead`.
-
-    Args:
-        model: whose caches it has.
-    """
-
-    model: Any
-
-    def make_caches(self) -> list[Any]:
-        """Empty ones, of one sequence."""
-
-    def join(self, states: mx.array) -> mx.array:
-        """The served model's states, as they were recorded, as `__call__` reads them."""
-
-    def __call__(
-        self,
-        ids: mx.array,
-        hidden: mx.array,
-        caches: list[Any],
-        places: Sequence[int] | None = None,
-    ) -> tuple[mx.array, mx.array]:
-        """See `model.mtp.MtpHead`."""
+ChooseToken = Callable[[mx.array, int], mx.array]
+"""Logits [rows, vocabulary] and a place of the draft -> tokens [rows, 1]."""
 
 
 def draft_tokens(
-    head: DraftHead | DFlashHead,
+    head: DraftHead,
     ids: mx.array,
     states: mx.array,
     caches: list[Any],
     count: int,
-    choose: Callable[[mx.array, int], mx.array],
+    choose: ChooseToken,
     rewinder: Rewinder,
     padding: Sequence[int] | None = None,
 ) -> mx.array:
@@ -86,37 +64,36 @@ def draft_tokens(
     """
     hidden, length = head.join(states), ids.shape[1]
     places = [length - 1 - n for n in padding or (0,)]
-
-    def read() -> tuple[mx.array, mx.array] | None:
+    with rewinder.recording(caches, length) if padding else nullcontext():
         if isinstance(head, DFlashHead):
             head.read(hidden, caches)
-            return None
-        return head(ids, hidden, caches, None if padding is None else places)
-
-    if padding is None:
-        result = read()
-    else:
-        with rewinder.recording(caches, length):
-            result = read()
+        else:
+            assert isinstance(head, TokenHead)
+            logits, hidden = head(ids, hidden, caches, places)
+    if padding:
         rewinder.drop(caches, padding)
-    if result is None:
-        assert isinstance(head, DFlashHead)
+    if isinstance(head, DFlashHead):
         token = mx.take_along_axis(ids, mx.array(places)[:, None], axis=1)
-        block, samples = head.draft_states(token, caches, count), []
-        for index in range(count):
-            token = choose(head.logits(block[:, index], token), index)
-            samples.append(token)
-        return mx.concatenate(samples, axis=1)
-    assert not isinstance(head, DFlashHead)
-    logits, last = result[0], at_places(result[1], places)
-    samples = [choose(logits, 0)]
+        return _draft_block(head, token, caches, count, choose)
+    tokens = [choose(logits, 0)]
     if count > 1:
+        last = at_places(hidden, places)
         with rewinder.recording(caches, count - 1):
             for index in range(1, count):
-                logits, last = head(samples[-1], last, caches)
-                samples.append(choose(logits, index))
+                logits, last = head(tokens[-1], last, caches)
+                tokens.append(choose(logits, index))
         rewinder.drop(caches, [count - 1] * len(places))
-    return mx.concatenate(samples, axis=1)
+    return mx.concatenate(tokens, axis=1)
+
+
+def _draft_block(
+    head: DFlashHead, token: mx.array, caches: list[Any], count: int, choose: ChooseToken
+) -> mx.array:
+    states, tokens = head.draft_states(token, caches, count), []
+    for index in range(count):
+        token = choose(head.score(states[:, index], token), index)
+        tokens.append(token)
+    return mx.concatenate(tokens, axis=1)
 
 
 class HiddenStates:
@@ -200,7 +177,7 @@ class MtpProposer:
     def __init__(
         self,
         collective: Collective,
-        head: DraftHead | DFlashHead | None,
+        head: DraftHead | None,
         states: HiddenStates,
         vocab_size: int,
         context_length: int | None = None,
@@ -264,9 +241,7 @@ class MtpProposer:
         self._text += draft[:-1]
         return draft
 
-    def _draft(
-        self, head: DraftHead | DFlashHead, count: int, sample: SampleToken, position: int
-    ) -> mx.array:
+    def _draft(self, head: DraftHead, count: int, sample: SampleToken, position: int) -> mx.array:
         seen = len(self._text) - 1
         first = seen - len(self.states)
         if not self._caches or self._next < first or self._next >= seen:
