@@ -186,6 +186,7 @@ class MtpProposer:
         self.collective, self.head, self.states = collective, head, states
         self.vocab_size, self.context_length = vocab_size, context_length
         self.longest = longest
+        self._rewinder = None if head is None else make_rewinder(head.model)
         self._text: list[int] = []
         self._caches: list[Any] = []
         self._next = 0  # position of the hidden state that the layer reads next, on rank 0
@@ -234,14 +235,21 @@ class MtpProposer:
         self._text += new_tokens
         count = min(count, self.longest or count)
         drafted = mx.zeros((count,), dtype=mx.uint32)
-        if self.head is not None:
-            drafted = self._draft(self.head, count, sample, position)[0]
+        if self.head is not None and self._rewinder is not None:
+            drafted = self._draft(self.head, self._rewinder, count, sample, position)[0]
         drafted = self.collective.broadcast_from(0, drafted.astype(mx.uint32))
         draft = [int(t) for t in np.asarray(drafted)]
         self._text += draft[:-1]
         return draft
 
-    def _draft(self, head: DraftHead, count: int, sample: SampleToken, position: int) -> mx.array:
+    def _draft(
+        self,
+        head: DraftHead,
+        rewinder: Rewinder,
+        count: int,
+        sample: SampleToken,
+        position: int,
+    ) -> mx.array:
         seen = len(self._text) - 1
         first = seen - len(self.states)
         if not self._caches or self._next < first or self._next >= seen:
@@ -261,5 +269,5 @@ class MtpProposer:
             self._caches,
             count,
             choose,
-            make_rewinder(head.model),
+            rewinder,
         )
