@@ -86,6 +86,7 @@ def test_help_shows_brackets_and_no_value_of_flags():
 def test_every_command_has_a_summary_and_an_example(name):
     help_text = CliRunner().invoke(main.make_app(), [*name.split()[1:], "--help"]).output
     assert f"Example: {name}" in " ".join(help_text.split())
+    assert not re.search(r"<(str|int|float|path|list)\b", help_text, re.IGNORECASE)
     for param in all_commands()[name].params:
         assert param.help, param.name
         assert param.help[0].isupper(), param.help
@@ -169,7 +170,7 @@ def test_shells_complete_commands_and_values(shell, environment, expected):
         (["serve", "-m", "x", "--nodse", "2"], "no such option: --nodse; did you mean --nodes?"),
         (["generat"], "no such command 'generat'; did you mean 'generate'?"),
         (["join", "a", "b"], "unexpected extra argument(s) (b); see `cenacle join --help`"),
-        (["serve"], "--model: expected a folder or a repository, got none; or give a folder with"),
+        (["serve"], "--model: expected a folder or a repository, got none; or give --models-dir"),
         (["chat"], "--model: expected a folder or a repository, got none; or give"),
     ],
 )

@@ -15,8 +15,6 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import field, fields, is_dataclass
-from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
@@ -24,8 +22,6 @@ from rich.markup import escape
 
 from ..errors import CenacleError
 from .help import Command
-
-PLACEHOLDERS = {int: "N", float: "X", str: "TEXT", Path: "PATH", list[str]: "TEXT"}
 
 
 def option(
@@ -104,9 +100,6 @@ def _field_parameters(group: Any, instance: Any) -> list[inspect.Parameter]:
     parameters, types = [], get_type_hints(group)
     for item in fields(group):
         value_type, settings = types[item.name], item.metadata["settings"]
-        plain_type = next((t for t in get_args(value_type) if t is not NoneType), value_type)
-        if plain_type in PLACEHOLDERS:
-            settings = {"metavar": PLACEHOLDERS[plain_type], **settings}
         parameters.append(
             inspect.Parameter(
                 item.name,

@@ -3,11 +3,12 @@
 Owns: the classes of commands and groups; the names of values, such as PATH.
 Does not know: which commands and options there are.
 Invariant: every name of a command or an option is shown whole in `MIN_WIDTH` columns; flags have no
-value's name. Texts of the help are no markup.
+value's name. Help texts are shown as they are, without markup.
 """
 
 from __future__ import annotations
 
+import re
 import textwrap
 from shutil import get_terminal_size
 from typing import Any
@@ -19,7 +20,7 @@ from typer.core import TyperArgument, TyperCommand, TyperGroup, TyperOption
 PANELS_WIDTH = 80  # columns; in fewer, panels leave their texts a few words on a line
 MIN_WIDTH = 24
 INDENT = "    "
-PLACEHOLDERS = {"<str>": "TEXT", "<path>": "PATH", "<int>": "N", "<float>": "X"}
+PLACEHOLDERS = {"str": "TEXT", "path": "PATH", "int": "N", "float": "X"}  # by type
 
 
 class Command(TyperCommand):
@@ -96,7 +97,11 @@ def _name_values(command: Command | Group, ctx: Any) -> None:
             if param.is_flag:
                 param.metavar = ""
             elif param.metavar is None:
-                shown = param.display_type(ctx)
-                param.metavar = PLACEHOLDERS.get(shown, shown)
-        elif param.metavar is None:
-            param.metavar = (param.name or "").upper()
+                shown = param.display_type(ctx)  # such as <int range>, <list[Path]>, <a|b>
+                kind = re.sub(r"<(?:list\[)?(\w+)(?:\]| range)?>", r"\1", shown).lower()
+                param.metavar = PLACEHOLDERS.get(kind, shown)
+        elif isinstance(param, TyperArgument):
+            if param.metavar is None:
+                param.metavar = (param.name or "").upper()
+            # Panels would show <str> beside the name.
+            param.display_type_rich = lambda **_: None  # type: ignore[method-assign]

@@ -314,8 +314,8 @@ class ModelsArguments:
         )
         if not models and self.models_dir is None:
             raise InputError(
-                "--model: expected a folder or a repository, got none; or give a folder with "
-                "models with --models-dir",
+                "--model: expected a folder or a repository, got none; or give --models-dir "
+                "with a folder of models",
                 "model",
             )
         return len(models) != 1 or given != alone
