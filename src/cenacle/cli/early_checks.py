@@ -56,11 +56,11 @@ def find_similar_paths(path: Path, count: int = 3) -> list[str]:
 
 
 def check_output(path: Path | None, option: str) -> None:
-    """Refuse a file that could not be written when minutes of work are over.
+    """Refuse an output file that cannot be written, before minutes of work.
 
     Args:
-        path: of it; None: there is none.
-        option: that names it.
+        path: of the file; None: nothing is checked.
+        option: the option that gave it, without dashes.
 
     Raises:
         InputError: it is a folder, or this user may not write it.
@@ -81,7 +81,7 @@ def check_output(path: Path | None, option: str) -> None:
 
 
 def check_otlp_endpoint(url: str) -> None:
-    """Refuse a collector's address that is none, and traces that this installation cannot send.
+    """Refuse an invalid address of a collector, and traces that this installation cannot send.
 
     Raises:
         InputError: either.

@@ -102,12 +102,12 @@ def generate(
         print(completion.text)
         nodes = f"{completion.nodes} node{'s' * (completion.nodes > 1)}"
         count = len(completion.tokens)
-        # Drafts bring several tokens at once: a few tell no speed.
+        # Drafts bring several tokens at once, so the speed of a few tokens means nothing.
         speed = f", {completion.tok_per_s:.1f} tok/s" * (count >= MIN_TOKENS_FOR_SPEED)
         report(
             f"{completion.prompt_tokens} prompt token{'s' * (completion.prompt_tokens > 1)}, time "
             f"to first token {completion.first_token_s:.2f} s; {count} "
-            f"token{'s' * (count > 1)} generated{speed} on {nodes}"
+            f"token{'s' * (count != 1)} generated{speed} on {nodes}"
         )
 
 
@@ -162,7 +162,7 @@ def chat(
         return
     if model is None:
         raise InputError(
-            "--model: expected a folder or a repository, got none; or give a server with --url",
+            "--model: expected a folder or a repository, got none; or give --url with a server",
             "model",
         )
     model = check_model(model)

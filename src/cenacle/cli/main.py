@@ -104,7 +104,7 @@ def main() -> None:
     # Ending by SIGTERM must run the same `finally` blocks as Ctrl-C: they end the ranks.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     for stream in (sys.stdout, sys.stderr):
-        # Of what a terminal's encoding cannot write the code is written.
+        # Characters that the terminal's encoding lacks are written as escapes, not refused.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     use_private_temp_dir()

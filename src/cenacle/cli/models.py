@@ -99,7 +99,7 @@ def inspect(
         )
         return
     if draft is not None:
-        unused = []  # nor is what could be
+        unused = []  # the draft model takes the place of the layer for multi-token prediction
     _print_plan(plan, draft or mtp, unused)
     if reason:
         report(reason)

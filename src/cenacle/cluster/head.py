@@ -378,7 +378,7 @@ class Head:
         return self._closing or self.shutdown_requested.is_set()
 
     def expect_disconnections(self) -> None:
-        """From now on do not report who disconnects: the head is about to be closed."""
+        """Stop reporting nodes that disconnect: the head is about to close."""
         self._expects_disconnections = True
 
     def close(self, end_agents: bool = False) -> None:

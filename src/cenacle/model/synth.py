@@ -239,7 +239,7 @@ def _choose_config(options: SynthOptions) -> tuple[Config, str]:
     """The config, and its default dtype."""
     family, name, config = options.family, options.name, options.config
     if sum(x is not None for x in (family, name, config)) != 1:
-        raise InputError("give exactly one of family, name and config")
+        raise InputError("family: expected exactly one of family, name and config", "family")
     if family is not None:
         tiny = tiny_config(family)
         return (with_tower(tiny, family) if options.images else tiny), "float32"
