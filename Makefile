@@ -40,7 +40,8 @@ test-hosts:
 parity: install
 	CENACLE_WHOLE_PRODUCTS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --max-worker-restart 0 \
 	  tests/ranks/test_families.py tests/ranks/test_cli.py tests/mlx/test_batching.py tests/mlx/test_native.py \
-	  tests/mlx/test_formats.py tests/unit/test_kernels.py
+	  tests/mlx/test_formats.py tests/mlx/test_operations.py tests/mlx/test_slicing.py tests/mlx/test_verification.py \
+	  tests/unit/test_kernels.py
 
 # Real clients, from npm and PyPI, against two nodes: docs/clients.md. The first time installs them.
 clients: install

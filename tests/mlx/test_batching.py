@@ -1,8 +1,9 @@
 """Requests do not change the answers of others beside them: every family, through the engine."""
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +28,7 @@ from cenacle.scheduler.scheduler import Scheduler
 from support.products import in_turn
 
 RUNNABLE = [row.name for row in list_families() if row.refused is None]
-LENGTHS = (1, 3, 17, 40, 64, 128)
+LENGTHS = (1, 3, 17, 40, 128)
 VOCABULARY = 250
 TOLERANCE = 5e-3  # of log-probabilities
 
@@ -48,13 +49,13 @@ def make_request(
     return Request(name, tokens, max_tokens, sampling=sampling, logprobs=0)
 
 
-# One answer runs from the beginning; the others join it. The last three are as `n=3` makes them.
-RUNNING = make_request("running", make_prompt(9, 0), 30)
-JOINING = [make_request(f"{n} tokens", make_prompt(n, n), 4) for n in LENGTHS]
-SAMPLED = [make_request(f"choice {k}", make_prompt(23, 5), 4, 1.0, k + 1) for k in range(3)]
+# One answer runs from the beginning; the others join it. The last two are as `n=2` makes them.
+RUNNING = make_request("running", make_prompt(9, 0), 20)
+JOINING = [make_request(f"{n} tokens", make_prompt(n, n), 3) for n in LENGTHS]
+SAMPLED = [make_request(f"choice {k}", make_prompt(23, 5), 3, 1.0, k + 1) for k in range(2)]
 REQUESTS = [RUNNING, *JOINING, *SAMPLED]
 # Where requests, or their attention, take turns, fewer show it.
-FEWER = [make_request("running", make_prompt(9, 0), 10), *JOINING[1:4], SAMPLED[0]]
+FEWER = [make_request("running", make_prompt(9, 0), 8), *JOINING[1:4], SAMPLED[0]]
 # Those whose caches other requests can use, and one of those whose caches cannot.
 WITH_PREFIXES = [
     name
@@ -93,11 +94,11 @@ class RunningModel:
     def answers(
         self,
         bursts: Iterable[list[Request]],
-        cancelled: Iterable[str] = (),
+        cancelled: Mapping[int, str] = MappingProxyType({}),
         prefill_chunk_size: int = 512,
         prefix_cache_gb: float = 0.0,
     ) -> dict[str, list[tuple[int, float]]]:
-        """Submit a burst every three steps; cancel in the middle; run to the end."""
+        """Submit a burst every two steps; cancel before some steps; run to the end."""
         options = EngineOptions(
             prefill_chunk_size=prefill_chunk_size,
             prefix_cache_gb=prefix_cache_gb,
@@ -113,14 +114,14 @@ class RunningModel:
             footprint=footprint,
             prefix_cache_bytes=int(prefix_cache_gb * 1e9),
         )
-        waiting, to_cancel = list(bursts), list(cancelled)
+        waiting = list(bursts)
         tokens: dict[str, list[tuple[int, float]]] = {}
         for number in range(1000):
-            if number % 3 == 0 and waiting:
+            if number % 2 == 0 and waiting:
                 for request in waiting.pop(0):
                     scheduler.submit(request)
-            elif number > 6 and to_cancel:
-                scheduler.cancel(to_cancel.pop())
+            if number in cancelled:
+                scheduler.cancel(cancelled[number])
             if (step := scheduler.next_step()) is not None:
                 for event in scheduler.on_tokens(engine.step(step)[0]):
                     tokens.setdefault(event.request_id, []).append((event.token, event.logprob))
@@ -166,19 +167,24 @@ def on_every_rank(
 
 
 NODES = (1, 2)
-CANCELLED = ("3 tokens", "40 tokens")
 
 
 def run_together(model: RunningModel, requests: list[Request]) -> Answers:
     """Many join at once."""
     running, *others = requests
-    return model.answers([[running], others[:-3], others[-3:]])
+    return model.answers([[running], others[:-2], others[-2:]])
+
+
+def cancelled_of(requests: list[Request]) -> dict[int, str]:
+    """By step: one in the middle of its answer, and one in the middle of its prompt."""
+    names = [request.id for request in requests]
+    return {2 * names.index(name) + 1: name for name in ("3 tokens", "40 tokens")}
 
 
 def run_in_chunks(model: RunningModel, requests: list[Request]) -> Answers:
     """One joins after the other, in chunks, and some end early."""
     bursts = [[request] for request in requests]
-    return model.answers(bursts, CANCELLED, prefill_chunk_size=16)
+    return model.answers(bursts, cancelled_of(requests), prefill_chunk_size=16)
 
 
 ARRIVALS = (run_together, run_in_chunks)
@@ -213,7 +219,7 @@ def test_requests_beside_each_other_give_what_each_gives_alone(family, nodes):
     answers_alone[family] = alone
     assert all(len(alone[r.id]) == r.max_tokens for r in requests)
     for arrive, answers in zip(arrivals_of(family, nodes), others, strict=True):
-        cancelled = CANCELLED if arrive is run_in_chunks else ()
+        cancelled = cancelled_of(requests).values() if arrive is run_in_chunks else ()
         complete = [request for request in requests if request.id not in cancelled]
         assert find_differences(alone, answers, complete) == {}
 
@@ -222,13 +228,13 @@ def test_requests_beside_each_other_give_what_each_gives_alone(family, nodes):
 def test_kept_prefixes_give_the_same_answers(family):
     shared = make_prompt(60, 60)
     first = make_request("first", shared, 3)
-    requests = [make_request(f"tail {n}", shared + make_prompt(n, n), 6) for n in (1, 5, 20, 40)]
+    requests = [make_request(f"tail {n}", shared + make_prompt(n, n), 4) for n in (1, 5, 40)]
 
     def run(running: RunningModel) -> tuple[Answers, Answers]:
         alone: Answers = {}
         for request in requests:
             alone |= running.answers([[request]])
-        bursts = [[first, RUNNING], [], requests]
+        bursts = [[first, RUNNING], [], [], requests]
         return alone, running.answers(bursts, prefill_chunk_size=16, prefix_cache_gb=1.0)
 
     alone, together = on_every_rank(family, 1, run)
@@ -248,13 +254,13 @@ def test_caches_of_16_bits_are_batched_and_kept(family, modules, kv_dtype):
     """Beside each other, joining and leaving, and with a prefix of another: as alone."""
     shared = make_prompt(60, 60)
     first = make_request("first", shared, 3)
-    requests = [*JOINING[2:4], SAMPLED[0], make_request("tail", shared + make_prompt(5, 5), 6)]
+    requests = [*JOINING[2:4], SAMPLED[0], make_request("tail", shared + make_prompt(5, 5), 4)]
 
     def run(running: RunningModel) -> tuple[Answers, Answers, int]:
         alone: Answers = {}
         for request in requests:
             alone |= running.answers([[request]])
-        bursts = [[first, RUNNING], [], requests]
+        bursts = [[first, RUNNING], [], [], requests]
         together = running.answers(bursts, prefill_chunk_size=16, prefix_cache_gb=1.0)
         sizes = {cache.dtype.size for cache in running.kept_keys()}
         assert sizes == {2}

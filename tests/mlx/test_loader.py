@@ -417,12 +417,17 @@ def save_single(folder: Path) -> None:
     save(folder, COMMON | own, tensors)
 
 
+@pytest.fixture(scope="module", params=[save_stacked, save_single])
+def large(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    request.param(folder)
+    return folder
+
+
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("write", [save_stacked, save_single])
 @pytest.mark.parametrize("how", ["whole replicated", "sliced sharded"])
-def test_a_rank_reads_and_holds_its_own_bytes(tmp_path, write, how):
-    write(tmp_path)
-    header = struct.unpack("<Q", (tmp_path / WEIGHTS).read_bytes()[:8])[0]
+def test_a_rank_reads_and_holds_its_own_bytes(large, how):
+    header = struct.unpack("<Q", (large / WEIGHTS).read_bytes()[:8])[0]
     # Columns of a row of 2 KB: less than two pages lie between a rank's, so they are read too,
     # once, and never held. The trunk's rows are shorter still.
     between = 0
@@ -430,7 +435,7 @@ def test_a_rank_reads_and_holds_its_own_bytes(tmp_path, write, how):
         between = 4 * LAYERS * (EXPERTS * WIDTH * HIDDEN + WIDTH * WIDTH)
         between -= between // 4
     for rank in (0, 3):
-        command = [sys.executable, "-W", "error", "-c", RANK, str(tmp_path), "4", str(rank)]
+        command = [sys.executable, "-W", "error", "-c", RANK, str(large), "4", str(rank)]
         command += how.split()
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -444,11 +449,9 @@ def test_a_rank_reads_and_holds_its_own_bytes(tmp_path, write, how):
         assert saw["peak"] <= 1.1 * saw["plan"] + 300 * MB
 
 
-@pytest.mark.parametrize("write", [save_stacked, save_single])
-def test_ranks_together_have_the_files_rows(tmp_path, write):
+def test_ranks_together_have_the_files_rows(large):
     """Every expert's tensors, put together from the ranks, are the file's."""
-    write(tmp_path)
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = Checkpoint.open(large)
     plan = Plan.whole(read_model_spec(checkpoint), 3, (1, 2, 4))
     whole = dict(tree_flatten(build_model(checkpoint, None, 0).parameters()))
     ranks = [

@@ -5,6 +5,7 @@ The witness is mlx-lm's own load of the same file.
 
 import json
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ def choose_kind(path: str, module: nn.Module) -> dict[str, Any] | bool:
     return KINDS[zlib.crc32(path.encode()) % len(KINDS)]
 
 
+@cache
+def logits_of_mlx_lm(folder: Path) -> mx.array:
+    return compute_logits(load_model(folder)[0])
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp(request.param)
@@ -59,7 +65,7 @@ def test_logits_are_those_of_mlx_lm(folder: Path, nodes: int, placement: str) ->
     config = json.loads((folder / "config.json").read_text())
     kinds = [v for v in config["quantization"].values() if isinstance(v, dict)]
     assert len({(kind["mode"], kind["bits"]) for kind in kinds}) > 2
-    expected = compute_logits(load_model(folder)[0])
+    expected = logits_of_mlx_lm(folder)
     got = run_ranks(folder, nodes, compute_logits, placement=placement)[0]
     scale = float(mx.max(mx.abs(expected)))
     assert float(mx.max(mx.abs(got - expected))) < 1e-4 * scale
@@ -79,6 +85,6 @@ def test_other_spellings_of_the_config(folder: Path, spelling: str, tmp_path: Pa
     (tmp_path / "config.json").write_text(json.dumps({**config, key: settings}))
     for file in folder.glob("*.safetensors*"):
         (tmp_path / file.name).symlink_to(file)
-    expected = compute_logits(load_model(folder)[0])
+    expected = logits_of_mlx_lm(folder)
     got = run_ranks(tmp_path, 1, compute_logits)[0]
     assert float(mx.max(mx.abs(got - expected))) < 1e-4 * float(mx.max(mx.abs(expected)))

@@ -41,6 +41,7 @@ from support.mtp_checkpoint import publish_qwen, write_mtp
 from support.quantized_formats import FORMATS, write_safetensors
 
 PROMPT = (5, 80, 200, 17, 9)
+LIMIT = 24
 SAMPLINGS = ({}, {"temperature": 1.0}, {"temperature": 0.8, "presence_penalty": 0.5})
 QWEN_FAMILIES = ("qwen3_5_moe", "qwen3_next")
 
@@ -67,25 +68,24 @@ def load(checkpoint):
     return model
 
 
-def generate(checkpoint, mode, limit=40, **sampling):
-    """Tokens of a request that runs alone, and the drafts."""
-    model, drafter = load(checkpoint), None
-    if mode != "off":
-        states = HiddenStates()
-        record_hidden_states(model, states.record)
-        vocab_size = text_config(checkpoint.config)["vocab_size"]
-        drafter = MtpProposer(SingleRank(), load_mtp(checkpoint, "auto"), states, vocab_size)
-    return generate_alone(model, drafter, PROMPT, limit, **sampling)
+def make_drafter(checkpoint, model):
+    states = HiddenStates()
+    record_hidden_states(model, states.record)
+    vocab_size = text_config(checkpoint.config)["vocab_size"]
+    return MtpProposer(SingleRank(), load_mtp(checkpoint, "auto"), states, vocab_size)
 
 
 @pytest.mark.parametrize("family", MTP_FAMILIES)
 def test_answers_are_the_same_with_and_without_it(checkpoints, family):
     checkpoint = checkpoints(family)
+    model = load(checkpoint)
     # The others sample in test_group_drafts.py.
-    for sampling in SAMPLINGS[: 1 if family in ZOO_FAMILIES else None]:
-        plain = generate(checkpoint, "off", **sampling)[0]
-        tokens, drafts = generate(checkpoint, "always", **sampling)
-        assert tokens == plain
+    samplings = SAMPLINGS[: 1 if family in ZOO_FAMILIES else None]
+    plain = [generate_alone(model, None, PROMPT, LIMIT, **sampling)[0] for sampling in samplings]
+    drafter = make_drafter(checkpoint, model)
+    for sampling, expected in zip(samplings, plain, strict=True):
+        tokens, drafts = generate_alone(model, drafter, PROMPT, LIMIT, **sampling)
+        assert tokens == expected
         assert drafts.by_model_accepted > 0.1 * drafts.by_model > 0
 
 
@@ -100,7 +100,8 @@ def test_it_reads_the_hidden_state_of_the_token_before(checkpoints, monkeypatch)
         return draft(self, *arguments)
 
     monkeypatch.setattr(MtpProposer, "_draft", check)
-    _, drafts = generate(checkpoint, "always", 30, temperature=1.0)
+    drafter = make_drafter(checkpoint, served := load(checkpoint))
+    _, drafts = generate_alone(served, drafter, PROMPT, 30, temperature=1.0)
     assert 0 < drafts.by_model_accepted < drafts.by_model
     assert max(differences) < 1e-2
 

@@ -434,7 +434,7 @@ def both(folder):
         assert (CompactedExperts in kinds) != (NativeExperts in kinds)
         logits = model(mx.array([PROMPT]))
         assert logits.dtype == mx.float32
-        steps = generate_step(mx.array(PROMPT), model, max_tokens=5, prefill_step_size=16)
+        steps = generate_step(mx.array(PROMPT), model, max_tokens=3, prefill_step_size=16)
         results.append((logits, [token for token, _ in steps]))
     return results
 

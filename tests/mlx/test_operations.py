@@ -1,5 +1,7 @@
 """Norms, rotary positions, attention and logsumexp of ours against MLX's own compositions."""
 
+from itertools import product
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -8,8 +10,10 @@ from mlx_lm.models import gear
 
 from cenacle import native
 from cenacle.model import native_layers
+from support.products import in_turn
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason=native.unavailable_reason())
+KERNELS = native.extension().available_kernels() if native.is_available() else []
 MLX = native_layers._MLX  # MLX's own, whatever the process uses now
 TOLERANCE = 5e-6  # of the largest value: float32 sums in another order
 
@@ -85,10 +89,29 @@ def mask_of(kind, random, batch: int, heads: int, length: int, keys: int):
     return kind
 
 
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("mask", [None, "causal", "window", "padded", "added"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (6, 1), (40, 2)])
-def test_attention(kernels, random, heads, kv_heads, mask, sinks):
+MASKS = (None, "causal", "window", "padded", "added")
+HEADS = ((4, 4), (8, 2), (6, 1), (40, 2))
+
+
+def sinks_of(mask, heads, kernels) -> list[bool]:
+    return in_turn((False, True), MASKS.index(mask) + HEADS.index(heads) + KERNELS.index(kernels))
+
+
+def test_every_two_of_mask_heads_and_kernels_have_both():
+    axes = MASKS, HEADS, KERNELS
+    cases = [(*case, sinks) for case in product(*axes) for sinks in sinks_of(*case)]
+    for axis, values in enumerate(axes):
+        assert {(case[axis], case[3]) for case in cases} == {*product(values, (False, True))}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("heads", HEADS)
+def test_attention(kernels, random, heads, mask):
+    for sinks in sinks_of(mask, heads, kernels.selected_kernels()):
+        check_attention(kernels, random, *heads, mask, sinks)
+
+
+def check_attention(kernels, random, heads, kv_heads, mask, sinks):
     cases = [(1, 1, 1, 128, 128), (1, 1, 1100, 64, 64), (2, 1, 70, 80, 20), (2, 5, 70, 24, 256)]
     cases += [(2, 130, 130, 96, 64), (1, 70, 300, 192, 128), (1, 3, 130, 10, 7)]
     for batch, length, keys, width, v_width in cases:

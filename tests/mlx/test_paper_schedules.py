@@ -1,5 +1,7 @@
 """The paper's schedules: mlx-lm's logits under each, and exactly the experts that each runs."""
 
+from functools import cache
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ def folders(tmp_path_factory):
     return root
 
 
+@cache
 def expected(folder):
     """mlx-lm's own logits of the last prompt token and of each that follows."""
     model, _ = load_model(folder)

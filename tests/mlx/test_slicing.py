@@ -24,6 +24,7 @@ from cenacle.model.synth import synth
 from cenacle.model.tensor_parallel import MAX_VERIFIED_POSITIONS
 from cenacle.model.tensor_reader import TensorPiece, TensorView, read_piece
 from cenacle.model.tensor_slice import TensorSlice
+from support.products import in_turn
 
 IO = Path("/proc/self/io")
 WEIGHTS = "model.safetensors"
@@ -340,35 +341,58 @@ def test_bytes_of_the_dense_modules_are_the_models():
     assert spec.embedding_bytes == 4 * 256 * 64
 
 
-@pytest.mark.parametrize("trunk", ["replicated", "sharded"])
-@pytest.mark.parametrize(
-    ("family", "options", "nodes", "shares"),
-    [
-        ("qwen3_moe", {"quantize": 4, "group_size": 32}, 2, (3, 1)),
-        ("qwen3_moe", {"quantize": 4, "group_size": 64}, 2, (5, 1)),
-        ("gpt_oss", {"quantize": 4, "group_size": 32, "mode": "mxfp4"}, 3, (1, 2, 1)),
-        ("qwen2_moe", {}, 4, (4, 1, 2, 9)),
-        ("phixtral", {}, 4, (1, 2, 3, 4)),
-    ],
+TOKENS = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(tmp_path_factory):
+    """A family's checkpoint, its spec, and the last logits of one rank; each made once."""
+    made, computed = {}, {}
+
+    def get(family, options, kernels):
+        form = family, tuple(options.items())
+        if form not in made:
+            folder = synth(tmp_path_factory.mktemp("synth"), family=family, **options).path
+            made[form] = folder, read_model_spec(Checkpoint.open(folder))
+        folder, spec = made[form]
+        if (form, kernels) not in computed:
+            alone = load_rank(folder, Plan.whole(spec, 1), SingleRank(), kernels=kernels)
+            computed[form, kernels] = np.array(alone(TOKENS)[:, -1:].astype(mx.float32))
+        return folder, spec, computed[form, kernels]
+
+    return get
+
+
+UNEVEN = (
+    ("qwen3_moe", {"quantize": 4, "group_size": 32}, 2, (3, 1)),
+    ("qwen3_moe", {"quantize": 4, "group_size": 64}, 2, (5, 1)),
+    ("gpt_oss", {"quantize": 4, "group_size": 32, "mode": "mxfp4"}, 3, (1, 2, 1)),
+    ("qwen2_moe", {}, 4, (4, 1, 2, 9)),
+    ("phixtral", {}, 4, (1, 2, 3, 4)),
 )
-@pytest.mark.parametrize("kernels", ["mlx", "native"])
-def test_uneven_slices(tmp_path, family, options, nodes, shares, trunk, kernels):
+# Each case has both trunks and both kernels, but not both kernels with each trunk.
+CASES = [
+    (*case, trunk, kernels)
+    for number, case in enumerate(UNEVEN)
+    for other, trunk in enumerate(("replicated", "sharded"))
+    for kernels in in_turn(("mlx", "native"), number + other)
+]
+
+
+@pytest.mark.parametrize(("family", "options", "nodes", "shares", "trunk", "kernels"), CASES)
+def test_uneven_slices(on_one_rank, family, options, nodes, shares, trunk, kernels):
     """Against one rank, through the same kernels; biases (gpt_oss, phixtral) are added once."""
     if kernels == "native" and not native.is_available():
         pytest.skip(native.unavailable_reason())
-    folder = synth(tmp_path, family=family, **options).path
-    spec = read_model_spec(Checkpoint.open(folder))
-    tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
-    alone = load_rank(folder, Plan.whole(spec, 1), SingleRank(), kernels=kernels)
-    expected = alone(tokens)[:, -1:]
+    folder, spec, expected = on_one_rank(family, options, kernels)
     plan = Plan.sliced(spec, nodes, shares, trunk=trunk)
 
     def run(collective):
-        logits = load_rank(folder, plan, collective, kernels=kernels)(tokens)[:, -1:]
+        logits = load_rank(folder, plan, collective, kernels=kernels)(TOKENS)[:, -1:]
         return np.array(logits.astype(mx.float32))
 
     results = in_threads(nodes, run)
     tolerance = 1e-3 if kernels == "native" and options else 1e-5  # 16 bits, in other groups
     for got in results:
         assert (got == results[0]).all()
-        assert abs(got - np.array(expected)).max() <= tolerance * mx.abs(expected).max().item()
+        assert abs(got - expected).max() <= tolerance * abs(expected).max()

@@ -1,5 +1,7 @@
 """What a verification compares: sums of weights whatever the placement, answers, links."""
 
+import contextlib
+import itertools
 import json
 import math
 import shutil
@@ -39,6 +41,7 @@ from cenacle.verification import (
     tolerance_for,
     verification_prompts,
 )
+from support.products import in_turn
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 
@@ -71,28 +74,44 @@ def quantized(tmp_path_factory):
     return folder
 
 
-def plans_of(spec):
-    for nodes in (2, 3):
-        for trunk in ("replicated", "sharded"):
-            for make in (
-                lambda n, t: Plan.whole(spec, n, None, t),
-                lambda n, t: Plan.whole(spec, n, (3, 2, 2)[:n], t),
-                lambda n, t: Plan.sliced(spec, n, None, t),
-                lambda n, t: Plan.replicated(spec, n, None, None, t),
-            ):
-                try:
-                    yield make(nodes, trunk)
-                except PlanError:
-                    continue
+CHECKPOINTS = ("mixtral", "qwen3_moe", "quantized")
+PLANS = {
+    "whole": lambda spec, n, trunk: Plan.whole(spec, n, None, trunk),
+    "uneven": lambda spec, n, trunk: Plan.whole(spec, n, (3, 2, 2)[:n], trunk),
+    "sliced": lambda spec, n, trunk: Plan.sliced(spec, n, None, trunk),
+    "replicated": lambda spec, n, trunk: Plan.replicated(spec, n, None, None, trunk),
+}
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "quantized"])
+def cases_of(name):
+    """Ways to make a plan, numbers of nodes and trunks of a checkpoint."""
+    for number, make in enumerate(PLANS):
+        for nodes in (2, 3):
+            turn = CHECKPOINTS.index(name) + number + nodes
+            for trunk in in_turn(("replicated", "sharded"), turn):
+                yield make, nodes, trunk
+
+
+def test_every_two_of_checkpoint_plan_nodes_and_trunk_occur_together():
+    cases = [(name, *case) for name in CHECKPOINTS for case in cases_of(name)]
+    for pair in itertools.combinations(range(4), 2):
+        found = {tuple(case[i] for i in pair) for case in cases}
+        assert len(found) == math.prod(len({case[i] for case in cases}) for i in pair)
+
+
+def plans_of(spec, name):
+    for make, nodes, trunk in cases_of(name):
+        with contextlib.suppress(PlanError):
+            yield PLANS[make](spec, nodes, trunk)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
 def test_parts_are_found_to_be_those_of_the_whole(name, quantized):
     checkpoint = Checkpoint.open(quantized if name == "quantized" else VECTORS / name)
     spec = read_model_spec(checkpoint)
     whole = weight_checksums(loaded(checkpoint, Plan.whole(spec, 1)))
     tried = 0
-    for plan in plans_of(spec):
+    for plan in plans_of(spec, name):
         ranks = [weight_checksums(loaded(checkpoint, plan, r)) for r in range(plan.nodes)]
         found = compare_checksums(whole, ranks)
         assert not found.mismatches, (plan.placement, plan.nodes, plan.trunk)

@@ -37,7 +37,7 @@ pytest.importorskip("mlx_vlm")
 
 from cenacle.images.decode_worker import fit_size  # noqa: E402
 
-TOKENS = 10
+TOKENS = 6
 Part = Any  # a text or a picture
 
 
