@@ -1,11 +1,13 @@
 """`cenacle bench` and its ablation as a user runs them, on tiny models.
 
-What comes out is tested, not how fast: times are only checked to add up.
+What comes out is tested, not how fast: times are only checked to add up, and what is measured is
+small (`small_measurements.py`).
 """
 
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -16,8 +18,9 @@ from cenacle.calibration.rank_worker import find_job, split_cores
 from cenacle.errors import InputError
 from cenacle.load_options import LoadOptions
 from cenacle.model.synth import synth
+from support.program import run_here
 
-COMMAND = [sys.executable, "-m", "cenacle", "bench"]
+COMMAND = [sys.executable, str(Path(__file__).parent / "small_measurements.py"), "bench"]
 PHASES = ["trunk", "experts", "all_reduce", "waiting", "rest"]
 
 
@@ -165,7 +168,8 @@ def test_ablation_has_every_row_at_every_latency(folder, tmp_path):
     ],
 )
 def test_what_cannot_be_measured_is_one_sentence(folder, tmp_path, arguments, status, message):
-    ran = run(*[folder if a == "FOLDER" else a for a in arguments], "--cache-dir", tmp_path)
+    words = [folder if a == "FOLDER" else a for a in arguments]
+    ran = run_here("bench", *words, "--cache-dir", tmp_path)
     assert ran.returncode == status, ran.stderr
     assert message in " ".join(ran.stderr.split())
     assert "Traceback" not in ran.stderr

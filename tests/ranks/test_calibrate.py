@@ -1,19 +1,25 @@
-"""`cenacle calibrate`, as it is run."""
+"""`cenacle calibrate`, as it is run, but with less to measure."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from cenacle.calibration import calibrate
+from cenacle.calibration import calibrate, rank_worker
 from cenacle.calibration.calibrate import Calibration, Kernel, Measured
 from cenacle.cli.main import make_app
 from cenacle.errors import InputError
 from cenacle.planning import catalog
 
+SMALL = Path(__file__).parent / "small_measurements.py"
+
 
 def test_two_nodes_of_this_machine_become_a_machine_and_a_link(tmp_path, monkeypatch):
     monkeypatch.setenv("CENACLE_HOME", str(tmp_path))
+    monkeypatch.setattr(rank_worker, "PROGRAM", (sys.executable, str(SMALL), "--rank"))
+    monkeypatch.setattr(calibrate, "TIMED_ROUNDS", 3)
     command = ["calibrate", "--quick", "--nodes", "2"]
     done = CliRunner().invoke(make_app(), command, catch_exceptions=False)
     assert done.exit_code == 0, done.output

@@ -1,4 +1,7 @@
-"""The commands as a user runs them: processes, exit codes, what is on stdout and stderr."""
+"""The commands as a user runs them: exit codes, what is on stdout and stderr.
+
+Those that load a model, serve or are ended are processes; the others run here.
+"""
 
 import json
 import os
@@ -9,7 +12,6 @@ import socket
 import subprocess
 import sys
 
-import httpx
 import psutil
 import pytest
 from mlx_lm import load as mlx_lm_load
@@ -18,10 +20,13 @@ from mlx_lm import stream_generate
 from cenacle import native, net
 from cenacle.demo.run import DEMO_MODEL_DIR
 from cenacle.model.synth import synth
+from support.http import HTTP
 from support.polling import wait_until
 from support.products import in_turn
+from support.program import run_here
 
 COMMAND = [sys.executable, "-m", "cenacle"]
+PROMPT = "Hello available"
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +38,15 @@ def run(*arguments, timeout=300, **options):
     return subprocess.run(
         [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, **options
     )
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    """mlx-lm's tokens and text after PROMPT."""
+    model, tokenizer = mlx_lm_load(str(folder))
+    answer = list(stream_generate(model, tokenizer, PROMPT, max_tokens=24))
+    # The space that begins the answer is kept; mlx-lm's own detokenizer drops it.
+    return [r.token for r in answer], " " + "".join(r.text for r in answer)
 
 
 def last_json(done):
@@ -53,21 +67,16 @@ def alive(pid):
     return True
 
 
-def test_generate_gives_mlx_lms_tokens_on_any_number_of_nodes(folder):
-    model, tokenizer = mlx_lm_load(str(folder))
-    answer = list(stream_generate(model, tokenizer, "Hello available", max_tokens=24))
-    expected = [r.token for r in answer]
+def test_generate_gives_mlx_lms_tokens_on_any_number_of_nodes(folder, expected):
     for nodes in (1, 2):
         got = last_json(
             run(
-                "generate", "--model", folder, "--nodes", nodes, "--prompt", "Hello available",
+                "generate", "--model", folder, "--nodes", nodes, "--prompt", PROMPT,
                 "--max-tokens", 24, "--temp", 0, "--json",
             )
         )  # fmt: skip
-        assert got["tokens"] == expected
+        assert (got["tokens"], got["text"]) == expected
         assert got["nodes"] == nodes
-        # The space that begins the answer is kept; mlx-lm's own detokenizer drops it.
-        assert got["text"] == " " + "".join(r.text for r in answer)
         assert got["tok_per_s"] > 0
         for rank in got["ranks"]:  # caches of so few tokens are nothing
             assert rank["peak_rss_bytes"] <= rank["weights_bytes"] + 150e6
@@ -79,7 +88,7 @@ def test_generate_gives_mlx_lms_tokens_on_any_number_of_nodes(folder):
 def test_inspect_predicts_the_memory_of_ranks(tmp_path_factory):
     big = synth(tmp_path_factory.mktemp("big") / "m", family="mixtral", config=None).path
     plan = last_json(
-        run("inspect", "--model", big, "--nodes", 3, "--node-weights", "2,1,1", "--json")
+        run_here("inspect", "--model", big, "--nodes", 3, "--node-weights", "2,1,1", "--json")
     )
     assert sum(r["experts"] for r in plan["ranks"]) == plan["spec"]["expert_bytes"]
     done = run(
@@ -103,10 +112,8 @@ def test_inspect_predicts_the_memory_of_ranks(tmp_path_factory):
 
 def test_a_saved_plan_is_used(folder, tmp_path):
     saved = tmp_path / "plan.json"
-    assert (
-        run("inspect", "-m", folder, "-n", 2, "--node-weights", "3,1", "--save", saved).returncode
-        == 0
-    )
+    planned = run_here("inspect", "-m", folder, "-n", 2, "--node-weights", "3,1", "--save", saved)
+    assert planned.returncode == 0, planned.stderr
     done = run(
         *("generate", "-m", folder, "--plan", saved, "--draft-model", folder),
         *("-p", "x", "--max-tokens", 1, "--json"),
@@ -116,30 +123,28 @@ def test_a_saved_plan_is_used(folder, tmp_path):
     assert weights[0] > weights[1]
 
 
-ONE_NODE = "-n 1"
-OTHER_LAYOUTS = ("-n 2 --placement sliced --trunk sharded", "-n 3 --placement replicated")
+LAYOUTS = ("-n 2 --placement sliced --trunk sharded", "-n 3 --placement replicated")
 
 
 @pytest.mark.parametrize("kernels", ["mlx", "native"])
-def test_every_placement_gives_the_same_text(folder, kernels):
+def test_every_placement_gives_mlx_lms_text(folder, expected, kernels):
+    """On one node: the test above, with the kernels that are chosen there."""
     if kernels == "native" and not native.is_available():
         pytest.skip(native.unavailable_reason())
-    texts = set()
-    for options in (ONE_NODE, *in_turn(OTHER_LAYOUTS, kernels == "native")):
+    for layout in in_turn(LAYOUTS, kernels == "native"):
         done = run(
-            *f"generate -m {folder} -p Hello --max-tokens 24 --json --kernels {kernels}".split(),
-            *options.split(),
+            *("generate", "-m", folder, "-p", PROMPT, "--max-tokens", 24, "--json"),
+            *("--kernels", kernels, *layout.split()),
         )
-        texts.add(last_json(done)["text"])
-    assert len(texts) == 1
+        assert last_json(done)["text"] == expected[1]
 
 
 def test_the_placement_is_explained(folder):
-    done = run("inspect", "-m", folder, "-n", 2, "--json")
-    got = last_json(done)
+    got = last_json(run_here("inspect", "-m", folder, "-n", 2, "--json"))
     assert got["reason"].startswith(f"experts {got['placement']}, trunk {got['trunk']}: ")
     assert got["all_reduces"] >= 2
-    chosen = run("inspect", "-m", folder, "-n", 2, "--placement", "whole", "--trunk", "replicated")
+    layout = ("--placement", "whole", "--trunk", "replicated")
+    chosen = run_here("inspect", "-m", folder, "-n", 2, *layout)
     assert "experts whole, trunk replicated, 2 all-reduces per token" in chosen.stdout
     assert chosen.stderr == ""
 
@@ -181,14 +186,14 @@ def test_a_template_that_needs_too_much_memory_is_ended(tmp_path, command):
 
 
 def test_families_and_help_list_everything():
-    listed = last_json(run("families", "--json"))
+    listed = last_json(run_here("families", "--json"))
     assert {"dbrx", "mixtral", "gpt_oss"} <= {row["name"] for row in listed}
     assert all(row["refused"] for row in listed if row["name"] == "muse_spark")
     columns = {"zoo", "formats", "images", "drafts", "attention_sharding", "batching"}
     assert all(columns <= set(row) for row in listed if not row["refused"])
-    table = run("families").stdout
+    table = run_here("families").stdout
     assert all(re.search(rf"^ {row['name']} +{row['zoo']} ", table, re.M) for row in listed)
-    text = run("--help").stdout
+    text = run_here("--help").stdout
     for command in ("generate", "chat", "serve", "inspect", "families", "synth", "demo"):
         assert re.search(rf"^│ {command} ", text, re.M), command
 
@@ -236,7 +241,7 @@ def test_families_and_help_list_everything():
 )
 def test_bad_input_is_one_line_and_a_status(folder, tmp_path, arguments, status, message):
     words = {"FOLDER": folder, "LONG": "x" * 100_000, "OUT": tmp_path / "out"}
-    done = run(*[words.get(a, a) for a in arguments])
+    done = run_here(*[words.get(a, a) for a in arguments])
     assert done.returncode == status, done.stderr
     assert re.search(message, done.stderr), done.stderr
     assert "Traceback" not in done.stderr
@@ -253,7 +258,7 @@ def test_a_port_in_use_is_found_before_loading(folder):
 
 def check_names(url):
     """The names of --served-model-name are listed, and every name is answered as it was asked."""
-    models = httpx.get(f"{url}/v1/models", timeout=300).json()["data"]
+    models = HTTP.get(f"{url}/v1/models").json()["data"]
     assert [model["id"] for model in models] == ["gpt-4o", "house/moe"]
     for sent, name in (
         ("gpt-4o", "gpt-4o"),
@@ -262,32 +267,38 @@ def check_names(url):
         (None, "gpt-4o"),
     ):
         body = {"model": sent, "prompt": "a", "max_tokens": 1}
-        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=300)
+        answer = HTTP.post(f"{url}/v1/completions", json=body, timeout=300)
         assert answer.json()["model"] == name, answer.text
         body = {"model": name, "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
-        answer = httpx.post(f"{url}/v1/messages", json=body, timeout=300)
+        answer = HTTP.post(f"{url}/v1/messages", json=body, timeout=300)
         assert answer.json()["model"] == name, answer.text
-        assert httpx.get(f"{url}/v1/models/{name}", timeout=300).json()["id"] == name
+        assert HTTP.get(f"{url}/v1/models/{name}").json()["id"] == name
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_ending_the_server_leaves_no_rank(folder, number):
+def test_ending_the_server_leaves_no_process(folder, number):
     names = [f"--served-model-name={name}" for name in ("gpt-4o", "*", "house/moe")]
     server = subprocess.Popen(
         [*COMMAND, "serve", "-m", str(folder), "-n", "2", "--port", "0", *names],
         stderr=subprocess.PIPE,
         text=True,
+        # The tests may run where SIGINT is ignored, as behind `&` in a shell.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         for line in server.stderr:
             if "serving" in line:
                 break
-        ranks = processes_of(server.pid)
-        assert len(ranks) == 4  # and the processes that serve and tokenize
+        started = processes_of(server.pid)
+        assert len(started) == 4  # two ranks, and the processes that serve and tokenize
         check_names(re.search(r"http://\S+", line)[0])
         server.send_signal(number)
-        server.wait(timeout=120)
-        assert wait_until(lambda: not any(map(alive, ranks)), 120)
+        status = server.wait(timeout=120)
+        assert status == {signal.SIGKILL: -number, signal.SIGINT: 130, signal.SIGTERM: 0}[number]
+        assert wait_until(lambda: not any(map(alive, started)), 120)
+        log = server.stderr.read()
+        assert log.count("interrupted") == (number == signal.SIGINT)
+        assert "starting it again" not in log
     finally:
         server.kill()
         server.wait()
@@ -309,7 +320,7 @@ def test_up_refuses_requests_while_nodes_are_missing_and_ends_by_ctrl_c(tmp_path
             missing = "1 of 2 nodes are available (one)"
             assert wait_until(lambda: missing in log.read_text(), 120), log.read_text()
             body = {"messages": [{"role": "user", "content": "x"}]}
-            answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+            answer = HTTP.post(f"{url}/v1/chat/completions", json=body, timeout=120)
             assert answer.status_code == 503
             assert answer.json()["error"]["message"] == f"no model is loaded yet: {missing}"
             process.send_signal(signal.SIGINT)

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
-import httpx
 import openai
 import pydantic
 import pytest
 from test_server import DEMO, END, Server, server
+
+from support.http import HTTP
 
 QUESTION = "What is 12 + 30?"
 SUM: Any = [{"role": "user", "content": QUESTION}]
@@ -546,7 +547,7 @@ def test_errors_of_messages(claude: anthropic.Anthropic, served: Server) -> None
             "message": "top_k: expected at least -1, got -2",
         },
     }
-    wrong = httpx.get(f"{served.url}/v1/messages")
+    wrong = HTTP.get(f"{served.url}/v1/messages")
     assert (wrong.status_code, wrong.json()["type"]) == (405, "error")
     assert [m.id for m in claude.models.list()] == [MODEL]
 
@@ -583,7 +584,7 @@ def llm(served: Server, home: Path, *arguments: str) -> str:
 @pytest.mark.parametrize("prefix", ["", "/v1"])
 def test_texts_to_tokens_and_back(served: Server, prefix: str) -> None:
     def post(path: str, **body: Any) -> Any:
-        answer = httpx.post(f"{served.url}{prefix}/{path}", json=body, timeout=300)
+        answer = HTTP.post(f"{served.url}{prefix}/{path}", json=body, timeout=300)
         assert answer.status_code == 200, answer.text
         return answer.json()
 
@@ -609,7 +610,7 @@ def test_the_tokens_of_a_chat_are_those_of_its_completion(
     served: Server, client: openai.OpenAI
 ) -> None:
     def tokens(**body: Any) -> list[int]:
-        answer = httpx.post(f"{served.url}/tokenize", json=body, timeout=300)
+        answer = HTTP.post(f"{served.url}/tokenize", json=body, timeout=300)
         assert answer.status_code == 200, answer.text
         ids: list[int] = answer.json()["tokens"]
         return ids
@@ -659,7 +660,7 @@ def test_the_tokens_of_a_chat_are_those_of_its_completion(
 def test_wrong_bodies_for_the_tokenizer(
     served: Server, path: str, body: dict[str, Any], field: str
 ) -> None:
-    answer = httpx.post(f"{served.url}/{path}", json=body, timeout=300)
+    answer = HTTP.post(f"{served.url}/{path}", json=body, timeout=300)
     assert answer.status_code == (404 if field == "model" else 400), answer.text
     assert answer.json()["error"]["param"] == field
 
@@ -668,11 +669,11 @@ def test_wrong_bodies_for_the_tokenizer(
 
 
 def test_every_path_that_is_described_is_there(served: Server) -> None:
-    paths = httpx.get(f"{served.url}/openapi.json").json()["paths"]
+    paths = HTTP.get(f"{served.url}/openapi.json").json()["paths"]
     for path, methods in paths.items():
         for method in methods:
             url = served.url + path.replace("{name}", MODEL)
-            answer = httpx.request(method, url, content=b"" if method == "post" else None)
+            answer = HTTP.request(method, url, content=b"" if method == "post" else None)
             expected = 404 if "{id}" in path else 400 if method == "post" else 200
             assert answer.status_code == expected, path
             described = methods[method]["responses"]

@@ -12,6 +12,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -74,11 +75,12 @@ def reference():
     """Log-probabilities of what follows each token of a text, by mlx-lm's own model."""
     model, _ = load_model(DEMO)
 
-    def logprobs(tokens) -> np.ndarray:
+    @cache
+    def logprobs(tokens: tuple[int, ...]) -> np.ndarray:
         logits = model(mx.array([tokens]))[0].astype(mx.float32)
         return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
-    return logprobs
+    return lambda tokens: logprobs(tuple(tokens))
 
 
 def on_both(models, ask):
@@ -220,13 +222,18 @@ LONG = [60 + (i * i) % 31 for i in range(300)]  # several parts
 
 def check_scores(scores, tokens, expected, top):
     assert list(scores) == list(range(1, len(tokens)))
-    for position, (logprob, rank, best) in scores.items():
-        row, token = expected[position - 1], tokens[position]
-        assert logprob == pytest.approx(row[token], abs=2e-3)
-        assert abs(rank - 1 - (row > row[token]).sum()) <= 1
-        assert [p for _, p in best] == pytest.approx(sorted(row)[: -top - 1 : -1], abs=2e-3)
+    rows = expected[:-1]  # all at once: there are thousands
+    of_tokens = rows[np.arange(len(rows)), tokens[1:]]
+    logprobs, ranks, alternatives = zip(*scores.values(), strict=True)
+    np.testing.assert_allclose(logprobs, of_tokens, rtol=0, atol=2e-3)
+    better = (rows > of_tokens[:, None]).sum(axis=1)
+    assert np.abs(np.array(ranks) - 1 - better).max() <= 1
+    best = np.array([[p for _, p in row] for row in alternatives]).reshape(len(rows), -1)
+    highest = np.sort(rows, axis=1)[:, : -top - 1 : -1]
+    np.testing.assert_allclose(best, highest, rtol=0, atol=2e-3)
+    for logprob, rank, row in scores.values():
         if rank == 1 and top:
-            assert logprob == best[0][1], "exactly: clients compare them"
+            assert logprob == row[0][1], "exactly: clients compare them"
 
 
 @pytest.mark.parametrize("top", [0, 3])
@@ -332,13 +339,13 @@ def test_invalid_grammars_are_refused(models):
 ENDLESS = {"logit_bias": {362: -100.0}}  # no end token
 REPETITION = [81, 82, 83, 84] * 6
 DRAFTED = [
-    (REPETITION, 60, {}),
-    (NOISE, 80, ENDLESS),
-    (NOISE, 60, ENDLESS | WILD),
-    (NOISE, 60, ENDLESS | {"repetition_penalty": 1.1, "temperature": 0.7, "seed": 3}),
+    (REPETITION, 40, {}),
+    (NOISE, 50, ENDLESS),
+    (NOISE, 40, ENDLESS | WILD),
+    (NOISE, 40, ENDLESS | {"repetition_penalty": 1.1, "temperature": 0.7, "seed": 3}),
     (QUESTION, 30, {}),
-    (NOISE, 60, WILD | {"grammar": OBJECT}),
-    (REPETITION, 60, {"grammar": LISTS, "temperature": 0.5, "seed": 2}),
+    (NOISE, 40, WILD | {"grammar": OBJECT}),
+    (REPETITION, 40, {"grammar": LISTS, "temperature": 0.5, "seed": 2}),
 ]
 
 
@@ -352,7 +359,7 @@ def test_drafts_change_nothing(models, drafting, nodes):
         for a, b in zip(drafted, plain, strict=True):
             assert a.logprob == pytest.approx(b.logprob, abs=2e-3)
     done = drafting[nodes].group.draft_stats - before
-    assert done.drafted > done.accepted > 50
+    assert done.drafted > done.accepted > 30
     assert models[nodes].group.draft_stats.drafted == 0
 
 
@@ -393,7 +400,7 @@ def test_a_drafting_request_can_be_cancelled(drafting, nodes):
 
 def test_measured_steps_of_drafts_are_divided_by_their_tokens(drafting):
     model = drafting[2]
-    done = model.generate(REPETITION, 400, **ENDLESS)
+    done = model.generate(REPETITION, 120, **ENDLESS)
     terms = model.group.step_timings
     assert terms.tokens > terms.steps > 0
     parts = sum(v for k, v in done.step_timings_ms.items() if k != "total")
@@ -444,7 +451,7 @@ def test_a_draft_model_changes_nothing(models, small, nodes):
             for a, b in zip(drafted, plain, strict=True):
                 assert a.logprob == pytest.approx(b.logprob, abs=2e-3)
         done = drafting.group.draft_stats
-        assert done.by_model > done.by_model_accepted > 20
+        assert done.by_model > done.by_model_accepted > 10
         assert done.drafted - done.by_model > 50  # from the text
         check_joining_requests(models[nodes], drafting, *DRAFTED[2])
 

@@ -131,14 +131,14 @@ def test_a_measured_step_has_a_pass_of_the_model():
     """A token that was computed in the step before is no measurement."""
     with loaded(DEMO_MODEL_DIR, measure_every=1) as model:
         model.group.observers.append(recorder := ReportRecorder())
-        for tokens in (8, 24, 40) * 8:
+        for tokens in (8, 24, 40) * 3:
             stream = model.stream("What is 12 + 30?", tokens, logit_bias=NO_END)
             for _ in itertools.islice(stream, 3):
                 pass
             stream.close()
             list(model.stream("What is 12 + 30?", tokens, logit_bias=NO_END))
     steps = [report for report in recorder.reports if report.decoding]
-    assert len(steps) > 100
+    assert len(steps) > 50
     assert all(report.routed and report.laps_s for report in steps)
 
 

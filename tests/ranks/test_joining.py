@@ -41,6 +41,7 @@ from cenacle.model.spec_reader import read_model_spec
 from cenacle.ranks.channel import Channel
 from cenacle.ranks.ranks import Epoch
 from cenacle.verification import Verification
+from support.program import run_here
 
 HOST = "127.0.0.1"
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -437,6 +438,9 @@ def test_the_command_revokes_a_token_of_a_machine_that_has_joined(tmp_path):
             env={**os.environ, "CENACLE_HOME": str(tmp_path / home)},
         )
 
+    def nodes(home, *arguments):
+        return run_here("nodes", *arguments, home=tmp_path / home)
+
     head = Head(tmp_path / "one" / "cluster", HOST, 0, "one")
     joined = None
     try:
@@ -451,16 +455,16 @@ def test_the_command_revokes_a_token_of_a_machine_that_has_joined(tmp_path):
         )
         until(lambda: "two" in names(head) and names(head)["two"]["connected"], "two", 120)
 
-        refused = cenacle("two", "nodes", "--revoke", token)
+        refused = nodes("two", "--revoke", token)
         assert refused.returncode != 0
         assert "head" in refused.stderr
-        kept = cenacle("one", "nodes", "--revoke", token.lower())
+        kept = nodes("one", "--revoke", token.lower())
         assert kept.stderr == (
             "revoked 1 valid token\nstill in the cluster: two; to remove one, run "
             "`cenacle nodes --remove NAME`\n"
         )
         assert names(head)["two"]["connected"]
-        again = cenacle("one", "nodes", "--revoke", token)
+        again = nodes("one", "--revoke", token)
         assert again.returncode == 2
         assert "did not issue it" in again.stderr
         late = cenacle("three", *join, "three")
@@ -468,12 +472,12 @@ def test_the_command_revokes_a_token_of_a_machine_that_has_joined(tmp_path):
         assert "token" in late.stderr
         assert "three" not in names(head)
 
-        second = re.search(r"--token (\S+)", cenacle("one", "nodes", "--invite").stdout)[1]
+        second = re.search(r"--token (\S+)", nodes("one", "--invite").stdout)[1]
         pair_with_head(tmp_path / "four", HOST, head.port, second, "four")
-        gone = cenacle("one", "nodes", "--revoke", "all", "--remove-joined")
+        gone = nodes("one", "--revoke", "all", "--remove-joined")
         assert gone.stderr == "revoked 1 valid token\nremoved from the cluster: four\n"
         until(lambda: "four" not in names(head), "the removal of four")
-        assert cenacle("one", "nodes", "--remove", "two").returncode == 0
+        assert nodes("one", "--remove", "two").returncode == 0
         assert joined.wait(300) is not None
     finally:
         if joined is not None:

@@ -17,9 +17,11 @@ import pytest
 
 from cenacle import net
 from cenacle.model.synth import synth
+from support.http import HTTP
 from support.serving import DEADLINE_S, RunningServer, wait_for_health
 
 MODELS = ("mixtral", "olmoe")
+LENGTH = 400
 Agent: TypeAlias = "subprocess.Popen[bytes]"
 
 
@@ -46,6 +48,8 @@ def cluster(tmp_path: Path) -> Iterator[tuple[RunningServer, Agent, Callable[[],
 
         options = ("--models-dir", str(tmp_path / "models"), "-n", "2", "--no-verify")
         options += ("--node-timeout", "10m")  # the other node starts when it can
+        # Slow links: an answer takes long enough to be disturbed, and not a processor's time.
+        options += ("--latency-ms", "5", "--speculative", "off")
         addresses = ("--listen", f"127.0.0.1:{listen}", "--port", str(port))
         head = start("head", "up", *options, *addresses)
         token = re.compile(r"cenacle join (\S+) --token (\S+)")
@@ -80,21 +84,21 @@ def test_models_change_places_on_a_cluster_while_a_node_leaves_and_returns(clust
     assert texts[0] != texts[1]
     assert sorted(row["state"] for row in states(server).values()) == ["loaded", "unloaded"]
 
-    rows = httpx.get(f"{server.url}/cluster", timeout=DEADLINE_S).json()["ranks"]
+    rows = HTTP.get(f"{server.url}/cluster", timeout=DEADLINE_S).json()["ranks"]
     for link in (row["link"] for row in rows):
         assert 0 < link["latency_s"] < 1 < link["bytes_per_s"]
         assert link["sent_bytes"] > 0
 
     (loaded,) = (name for name, row in states(server).items() if row["state"] == "loaded")
     with ThreadPoolExecutor(1) as clients:
-        long = clients.submit(complete, server, loaded, max_tokens=2000, ignore_eos=True)
+        long = clients.submit(complete, server, loaded, max_tokens=LENGTH, ignore_eos=True)
         ends = time.monotonic() + DEADLINE_S
         while not states(server)[loaded]["running"]:
             assert time.monotonic() < ends, server.log.read_text()
             assert not long.done(), server.log.read_text()
-            time.sleep(0.02)
+            time.sleep(0.1)
         other.send_signal(signal.SIGKILL)
-        assert long.result().json()["usage"]["completion_tokens"] == 2000
+        assert long.result().json()["usage"]["completion_tokens"] == LENGTH
     for name in reversed(MODELS):
         answer = complete(server, name)
         assert answer.status_code == 200, answer.text

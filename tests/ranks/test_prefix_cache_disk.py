@@ -23,6 +23,7 @@ import pytest
 
 import cenacle
 from cenacle.scheduler.disk_index import PAGE_TOKENS
+from support.http import HTTP
 from support.polling import wait_until
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -114,20 +115,21 @@ def body(messages, **fields):
 
 def complete(url, messages):
     """The text, and the number of cached prompt tokens."""
-    answer = httpx.post(f"{url}/v1/chat/completions", json=body(messages), timeout=300).json()
+    answer = HTTP.post(f"{url}/v1/chat/completions", json=body(messages)).json()
     details = answer["usage"]["prompt_tokens_details"]
     return answer["choices"][0]["message"]["content"], details["cached_tokens"]
 
 
 def hits(url):
     """Cached tokens, and those that came from disk."""
-    lines = [line.split() for line in httpx.get(f"{url}/metrics").text.splitlines()]
+    lines = [line.split() for line in HTTP.get(f"{url}/metrics").text.splitlines()]
     names = ("cenacle_prefix_cache_hits_total", "cenacle_prefix_cache_disk_hits_total")
     return tuple(float(value) for name in names for key, value, *_ in lines if key == name)
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
-def test_a_server_reuses_prefixes_and_so_does_the_next_one(nodes, tmp_path, plain):
+def test_a_server_reuses_prefixes_and_so_does_the_next_one(tmp_path, plain):
+    """On two nodes; on one, the groups below read the pages of others, without HTTP."""
+    nodes = 2
     first, second, other = plain[0].values()
 
     def pages(rank):

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
-import httpx
 import mlx.core as mx
 import openai
 import pytest
@@ -36,6 +35,7 @@ from cenacle.model.checkpoint import Checkpoint
 from cenacle.ranks.local_ranks import WORKER_COMMAND, LocalRanks
 from cenacle.ranks.ranks import Epoch
 from cenacle.runtime import Deployment
+from support.http import HTTP
 
 HERE = Path(__file__).parent
 OTHER_ROUTER = HERE / "other_router_rank.py"
@@ -319,7 +319,7 @@ def test_whatever_was_asked_goes_on_and_no_client_hangs_up(served: Server) -> No
     def watch() -> None:
         """A stream as it is, to see what clients do not show."""
         body = {"messages": SUM, "temperature": 0, "stream": True, **ENDLESS}
-        with httpx.stream(
+        with HTTP.stream(
             "POST", f"{served.url}/v1/chat/completions", json=body, timeout=HANGS_UP_S
         ) as answer:
             lines.extend(answer.iter_lines())
@@ -340,7 +340,7 @@ def test_whatever_was_asked_goes_on_and_no_client_hangs_up(served: Server) -> No
 
 
 def drafted(served: Server) -> float:
-    page = httpx.get(f"{served.url}/metrics", timeout=120).text
+    page = HTTP.get(f"{served.url}/metrics", timeout=120).text
     name = "cenacle_spec_decode_num_draft_tokens_total"
     found = re.search(rf'^{name}{{source="text"}} ([\d.e+]+)$', page, re.MULTILINE)
     assert found, page

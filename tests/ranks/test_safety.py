@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import cenacle
 from cenacle import net
 from cenacle.server.limits import Limits
+from support.program import run_here
 
 ROOT = Path(__file__).parents[2]
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -67,10 +68,15 @@ def cenacle_program(home: Path, *arguments: str) -> "subprocess.CompletedProcess
     )
 
 
+def keys(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """`cenacle keys`, in this process; the server is another."""
+    return run_here("keys", *arguments, home=home)
+
+
 @contextlib.contextmanager
 def serving(home: Path, nodes: int, *options: str) -> Iterator[Safe]:
     """Runs `cenacle serve` on every address of this machine."""
-    key = cenacle_program(home, "keys", "add", "alice").stdout.strip()
+    key = keys(home, "add", "alice").stdout.strip()
     port, log = net.free_ports(1)[0], home / "log"
     command = [sys.executable, "-m", "cenacle", "serve", "-m", str(DEMO), "-n", str(nodes)]
     command += ["--host", "0.0.0.0", "--port", str(port), "--tls", "self", *options]
@@ -138,7 +144,7 @@ def numbers(safe: Safe) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 
 
 def used(safe: Safe, name: str) -> int:
-    rows = json.loads(cenacle_program(safe.home, "keys", "list", "--json").stdout)
+    rows = json.loads(keys(safe.home, "list", "--json").stdout)
     return next(row["used_today"] for row in rows if row["name"] == name)
 
 
@@ -243,7 +249,7 @@ def test_every_series_of_the_dashboard_exists(safe: Safe) -> None:
 
 
 def test_a_token_budget_is_enforced(safe: Safe) -> None:
-    made = cenacle_program(safe.home, "keys", "add", "dave", "--tokens-per-day", "40")
+    made = keys(safe.home, "add", "dave", "--tokens-per-day", "40")
     endless = {"messages": SUM, "temperature": 0, "ignore_eos": True}
     with safe.http(authorization=f"Bearer {made.stdout.strip()}") as client:
         first = client.post("/v1/chat/completions", json=endless)
@@ -255,11 +261,11 @@ def test_a_token_budget_is_enforced(safe: Safe) -> None:
         assert int(answer.headers["retry-after"]) > 0
         messages = client.post("/v1/messages", json={**endless, "max_tokens": 5})
         assert messages.json()["error"]["type"] == "rate_limit_error"
-    cenacle_program(safe.home, "keys", "remove", "dave")
+    keys(safe.home, "remove", "dave")
 
 
 def test_answers_at_once_are_counted_not_requests(safe: Safe) -> None:
-    made = cenacle_program(safe.home, "keys", "add", "erin", "--max-concurrent", "2")
+    made = keys(safe.home, "add", "erin", "--max-concurrent", "2")
     body: dict[str, Any] = {"messages": SUM, "max_tokens": 2}
     with safe.http(authorization=f"Bearer {made.stdout.strip()}") as client:
         assert client.post("/v1/chat/completions", json={**body, "n": 2}).status_code == 200
@@ -268,13 +274,13 @@ def test_answers_at_once_are_counted_not_requests(safe: Safe) -> None:
         batch = {"prompt": ["a", "b", "c"], "max_tokens": 1}
         assert client.post("/v1/completions", json=batch).status_code == 400
         assert client.post("/v1/chat/completions", json=body).status_code == 200
-    cenacle_program(safe.home, "keys", "remove", "erin")
+    keys(safe.home, "remove", "erin")
 
 
 def test_a_key_cannot_guess_anothers_prompt(safe: Safe) -> None:
     """The attack: a prompt that begins like another's is cached for longer the more is guessed."""
     start = "The four digits are "
-    made = cenacle_program(safe.home, "keys", "add", "mallory").stdout.strip()
+    made = keys(safe.home, "add", "mallory").stdout.strip()
 
     def cached(key: str, text: str) -> int:
         with safe.http(authorization=f"Bearer {key}") as client:
@@ -289,15 +295,15 @@ def test_a_key_cannot_guess_anothers_prompt(safe: Safe) -> None:
     assert first == 0
     mine = [cached(made, f"{guess} and that is all") for guess in ("1000", "1300", "1351")]
     assert later == mine  # what is his own is cached, no token of alice's
-    cenacle_program(safe.home, "keys", "remove", "mallory")
+    keys(safe.home, "remove", "mallory")
 
 
 def test_keys_are_added_and_removed_while_it_runs(safe: Safe) -> None:
-    made = cenacle_program(safe.home, "keys", "add", "bob", "--json")
+    made = keys(safe.home, "add", "bob", "--json")
     secret = json.loads(made.stdout)["key"]
     with safe.http(authorization=f"Bearer {secret}") as client:
         assert client.get("/v1/models").status_code == 200
-        assert cenacle_program(safe.home, "keys", "remove", "bob").returncode == 0
+        assert keys(safe.home, "remove", "bob").returncode == 0
         assert client.get("/v1/models").status_code == 401
 
 
@@ -476,11 +482,11 @@ def test_serve_reports_missing_options_before_loading(tmp_path: Path) -> None:
 def test_keys_are_listed_without_their_secret(tmp_path: Path) -> None:
     made = cenacle_program(tmp_path, "keys", "add", "carol", "--tokens-per-day", "9")
     assert (made.returncode, len(made.stdout.splitlines())) == (0, 1)
-    listed = cenacle_program(tmp_path, "keys", "list", "--json")
+    listed = keys(tmp_path, "list", "--json")
     (row,) = json.loads(listed.stdout)
     assert (row["name"], row["tokens_per_day"], row["used_today"]) == ("carol", 9, 0)
     assert made.stdout.strip() not in listed.stdout
-    assert "carol" in cenacle_program(tmp_path, "keys", "list").stdout
+    assert "carol" in keys(tmp_path, "list").stdout
     for wrong in (("add", "carol"), ("add", "a b"), ("remove", "nobody")):
-        done = cenacle_program(tmp_path, "keys", *wrong)
+        done = keys(tmp_path, *wrong)
         assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr

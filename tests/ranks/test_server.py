@@ -27,6 +27,7 @@ import cenacle
 from cenacle.errors import InputError
 from cenacle.net import bind
 from cenacle.text.tokenizer import ChatTokenizer
+from support.http import HTTP
 from support.polling import wait_until
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
@@ -71,11 +72,11 @@ class Server:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=300)
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        answer = httpx.get(f"{self.url}/health", timeout=300)
+        answer = HTTP.get(f"{self.url}/health", timeout=300)
         return answer.status_code, answer.json()
 
     def post(self, path: str = "chat/completions", **fields: Any) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/{path}", timeout=300, **fields)
+        return HTTP.post(f"{self.url}/v1/{path}", timeout=300, **fields)
 
     def busy(self) -> int:
         data = self.health()[1]
@@ -343,7 +344,7 @@ def test_the_client_raises_its_own_errors(client: openai.OpenAI) -> None:
 
 
 def test_unknown_paths_and_methods_are_refused(single: Server) -> None:
-    wrong = httpx.get(f"{single.url}/v1/chat/completions")
+    wrong = HTTP.get(f"{single.url}/v1/chat/completions")
     assert refused(wrong) == (405, None, "method_not_allowed")
     assert wrong.headers["allow"] == "POST"
     assert refused(single.post("models", json={})) == (405, None, "method_not_allowed")
@@ -550,7 +551,7 @@ def test_a_half_closed_client_gets_its_answer(pair: Server, version: str, max_to
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_half_closed_client_that_goes_away_is_noticed(pair: Server, stream: bool) -> None:
     def aborted() -> float:
-        lines = httpx.get(f"{pair.url}/metrics", timeout=300).text.splitlines()
+        lines = HTTP.get(f"{pair.url}/metrics", timeout=300).text.splitlines()
         name = 'cenacle_request_outcome_total{finished_reason="abort"} '
         return sum(float(line.removeprefix(name)) for line in lines if line.startswith(name))
 
@@ -598,7 +599,7 @@ def test_no_text_is_logged(single: Server) -> None:
 
 
 def test_answers_resume_after_a_rank_is_killed(tmp_path: Path) -> None:
-    question: Any = {"messages": SUM, **ENDLESS, "temperature": 0.8, "seed": 3}
+    question: Any = {"messages": SUM, **ENDLESS, "temperature": 0.8, "seed": 3, "max_tokens": 300}
     with server(tmp_path / "log", 2, "recover") as shaken:
         undisturbed = shaken.post(json=question).json()["choices"][0]["message"]["content"]
         pids = [r["pid"] for r in shaken.health()[1]["ranks"]]

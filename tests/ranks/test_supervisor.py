@@ -1,4 +1,4 @@
-"""A server that dies is started again on the same port, and ends when it is told to."""
+"""A server that dies is started again on the same port; how it ends: test_cli.py."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from cenacle.server.supervisor import MAX_FAILURES, supervise
-from support.polling import wait_until
+from support.http import HTTP
 from support.serving import DEADLINE_S, QUESTION, RunningServer, running_server
 
 
@@ -40,7 +40,7 @@ def test_a_server_that_dies_is_started_again(server, number):
     assert len(old) >= 3  # the server and two ranks
     body = {"messages": QUESTION, "stream": True, "max_tokens": 2000, "ignore_eos": True}
     url = f"{server.url}/v1/chat/completions"
-    with httpx.stream("POST", url, json=body, timeout=DEADLINE_S) as answer:
+    with HTTP.stream("POST", url, json=body, timeout=DEADLINE_S) as answer:
         lines = answer.iter_lines()
         next(lines)
         os.kill(before["pid"], number)
@@ -55,19 +55,6 @@ def test_a_server_that_dies_is_started_again(server, number):
     assert not any(is_alive(process) for process in old)
     assert len(processes(server.process.pid)) == len(old)
     assert "starting it again" in server.log.read_text()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_the_end_of_the_supervisor_is_the_end_of_the_server(tmp_path, number):
-    with running_server(tmp_path) as server:
-        started = processes(server.process.pid)
-        server.process.send_signal(number)
-        status = server.process.wait(DEADLINE_S)
-        expected = {signal.SIGKILL: -number, signal.SIGINT: 130, signal.SIGTERM: 0}
-        assert status == expected[number]
-        assert server.log.read_text().count("interrupted") == (number == signal.SIGINT)
-        wait_until(lambda: not any(is_alive(process) for process in started))
-        assert "starting it again" not in server.log.read_text()
 
 
 SERVER = """

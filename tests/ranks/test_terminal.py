@@ -11,11 +11,11 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import pexpect
 import pytest
 
 import cenacle
+from support.http import HTTP
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 DEADLINE_S = 120
@@ -60,7 +60,7 @@ def served(environment):
     url, greeting = child.match[1], COLORS.sub("", child.before)
     question = [{"role": "user", "content": "Count from 3 to 9."}]
     body = {"messages": question, "max_tokens": 60}
-    httpx.post(f"{url}/v1/chat/completions", json=body, timeout=DEADLINE_S).raise_for_status()
+    HTTP.post(f"{url}/v1/chat/completions", json=body, timeout=DEADLINE_S).raise_for_status()
     yield url, greeting
     child.send("\x03")
     text, status = end(child)

@@ -14,6 +14,7 @@ import httpx
 
 import cenacle
 from cenacle import net
+from support.http import HTTP
 
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 DEADLINE_S = 120.0  # for anything to happen on a busy machine
@@ -29,7 +30,7 @@ class RunningServer:
     log: Path
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
-        return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=DEADLINE_S)
+        return HTTP.post(f"{self.url}{path}", json=body, headers=headers)
 
     def ask(self, **parameters: Any) -> httpx.Response:
         """A short chat completion: the demo model answers 42."""
@@ -37,7 +38,7 @@ class RunningServer:
         return self.post("/v1/chat/completions", body)
 
     def health(self) -> dict[str, Any]:
-        return httpx.get(f"{self.url}/health", timeout=DEADLINE_S).json()
+        return HTTP.get(f"{self.url}/health").json()
 
 
 def wait_for_health(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
@@ -45,7 +46,7 @@ def wait_for_health(url: str, process: "subprocess.Popen[bytes]", log: Path) -> 
     while True:
         assert process.poll() is None, log.read_text()
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health", timeout=120).status_code == 200:
+            if HTTP.get(f"{url}/health").status_code == 200:
                 return
         assert time.monotonic() < ends, log.read_text()
         time.sleep(0.05)
