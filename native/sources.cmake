@@ -4,7 +4,7 @@ function(add_kernels target)
   set(here ${CMAKE_CURRENT_FUNCTION_LIST_DIR})
   target_include_directories(${target} PRIVATE ${here})
   target_sources(${target} PRIVATE
-    ${here}/layers/layers.cpp ${here}/ops/ops.cpp ${here}/kernels/repack.cpp ${here}/kernels/dispatch.cpp ${here}/kernels/portable.cpp
+    ${here}/layers/layers.cpp ${here}/layers/stream_step.cpp ${here}/ops/ops.cpp ${here}/kernels/repack.cpp ${here}/kernels/dispatch.cpp ${here}/kernels/portable.cpp
     ${here}/ops/portable.cpp)
   # Aligned code: else the speed of a loop depends on what stands before it in the file (devlog, 2026-11-26).
   target_compile_options(${target} PRIVATE -O3 -falign-functions=64 -falign-loops=32 -Wall -Wextra -fno-math-errno -fno-trapping-math)

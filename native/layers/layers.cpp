@@ -1,93 +1,17 @@
 #include "layers/layers.h"
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <numeric>
 
-#include "thread_pool.h"
+#include "layers/parts.h"
 
 namespace cenacle {
 namespace {
 
-// Memory that stays with its thread: layers come every few hundred microseconds.
-template <class T>
-class Buffer {
- public:
-  ~Buffer() { std::free(data_); }
-  T* get(int64_t n) {
-    if (n > size_) {
-      std::free(data_);
-      size_ = n;
-      data_ = static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 63) / 64 * 64));
-      if (!data_) {
-        size_ = 0;
-        throw std::bad_alloc();
-      }
-    }
-    return data_;
-  }
-
- private:
-  T* data_ = nullptr;
-  int64_t size_ = 0;
-};
-
-// Activations in the layout that a matrix wants, made by all threads.
-class Prepared {
- public:
-  Activations make(const Kernels& kernels, const Matrix& m, const float* x, int64_t tokens) {
-    const Activations a = reserve(kernels, m, x, tokens);
-    const int64_t some = std::max<int64_t>(1, 8192 / a.width);
-    if (a.quantized)
-      WorkerPool::get().run((tokens + some - 1) / some,
-                            [&](int64_t i) { fill(kernels, i * some, std::min(tokens, (i + 1) * some)); });
-    return a;
-  }
-
-  // The same before any token is filled in.
-  Activations reserve(const Kernels& kernels, const Matrix& m, const float* x, int64_t tokens) {
-    const Layout l = kernels.choose(m);
-    all_ = {l, m.width, x, nullptr, nullptr, nullptr};
-    if (l.interleave == Interleave::none) return all_;
-    const int64_t groups = groups_of(l, m.width);
-    float* scales = scales_.get(2 * tokens * groups);
-    all_.quantized = quantized_.get(tokens * bytes_of(l, m.width));
-    all_.scales = scales, all_.sums = scales + tokens * groups;
-    return all_;
-  }
-
-  void fill(const Kernels& kernels, int64_t first, int64_t last) const {
-    if (!all_.quantized) return;
-    const int64_t groups = groups_of(all_.layout, all_.width), bytes = bytes_of(all_.layout, all_.width);
-    for (int64_t t = first; t < last; t++)
-      kernels.prepare(all_.layout, all_.width, all_.plain + t * all_.width,
-                      const_cast<uint8_t*>(all_.quantized) + t * bytes, const_cast<float*>(all_.scales) + t * groups,
-                      const_cast<float*>(all_.sums) + t * groups);
-  }
-
- private:
-  Activations all_;
-  Buffer<uint8_t> quantized_;
-  Buffer<float> scales_;
-};
-
 thread_local Buffer<float> scratch, wide;
-thread_local Prepared first_input, second_input, hidden_input;
-thread_local Buffer<float> hidden_values, parts;
-
-// Rows for one task, where a matrix meets `tokens` tokens (one of a stack: on average). With many as many as stay in a
-// cache. With few, memory binds, and what is read in one go should be long: kernels ask for lines ahead, and those beyond
-// a task's end are read in vain.
-constexpr int64_t FEW_TOKENS = 8;
-int64_t chunk(int64_t rows, int64_t most, int64_t tokens) {
-  const int64_t threads = WorkerPool::get().threads();
-  if (tokens > FEW_TOKENS) return std::clamp<int64_t>(rows / (8 * threads) / 16 * 16, 32, most);
-  if (threads == 1) return rows;
-  return std::max<int64_t>(32, (rows / (4 * threads) + 15) / 16 * 16);
-}
+thread_local Prepared first_input, second_input, gate_input, hidden_input;
+thread_local Buffer<float> hidden_values, parts, normed, routed;
 
 }  // namespace
 
@@ -95,54 +19,20 @@ void linear(const Kernels& kernels, const Linear& layer, const float* x, int64_t
   const Matrix& m = layer.matrix;
   const Activations a = first_input.make(kernels, m, x, tokens);
   const int64_t rows = layer.rows, size = chunk(rows, 256, tokens), chunks = (rows + size - 1) / size;
-  WorkerPool::get().run(chunks, [&](int64_t i) {
-    const int64_t first = i * size, last = std::min(rows, first + size);
-    float* memory = scratch.get(kernels.scratch(m));
-    int32_t which[TOKENS];
-    float* to[TOKENS];
-    for (int64_t begin = 0; begin < tokens; begin += TOKENS) {
-      const int count = int(std::min<int64_t>(TOKENS, tokens - begin));
-      for (int j = 0; j < count; j++) {
-        which[j] = int32_t(begin + j);
-        to[j] = out + (begin + j) * rows + first;
-      }
-      kernels.multiply(m, first, last, a, which, count, to, memory);
-      layer.finish(0, first, last - first, to, count);
-    }
-  });
+  WorkerPool::get().run(
+      chunks, [&](int64_t i) { multiply_rows(kernels, layer, a, i * size, std::min(rows, (i + 1) * size), tokens, out); });
 }
 
 namespace {
 
-// Tasks that later ones of the same job wait for. Tasks are begun in order, so those are running or done.
-class Countdown {
- public:
-  void expect(int64_t tasks) { left_ = tasks; }
-  // Whether it was the last.
-  bool finish() { return left_.fetch_sub(1) == 1; }
-  void wait() const {
-    while (left_ > 0) WorkerPool::pause();
-  }
-
- private:
-  std::atomic<int64_t> left_{0};
-};
-
-// Calls `f` in the end, also of a task that failed: others may wait for it.
-template <class F>
-struct Finally {
-  F f;
-  ~Finally() { f(); }
-};
-template <class F>
-Finally(F) -> Finally<F>;
-
-// `out` [tokens, k, width]; if there are `weights`, `sums` [tokens, width] too.
+// `out` [tokens, k, width]; if there are `weights`, `sums` [tokens, width] too, plus `added` if that is there. `ready`: x
+// as the first matrices want it, if it was made.
 //
 // One job for all threads: first matrices, hidden values to integers by whoever finishes an expert's last rows, second
 // matrices, sums. A thread that runs ahead goes on with what is ready, where a job for each would have it wait.
 void run_experts(const Kernels& kernels, const Experts& e, const float* x, const int32_t* rows, int64_t tokens,
-                 int64_t k, float* out, const float* weights, float* sums) {
+                 int64_t k, float* out, const float* weights, float* sums, const Activations* ready = nullptr,
+                 const float* added = nullptr) {
   const int64_t pairs = tokens * k, width = e.down.rows, hidden = e.down.matrix.width;
   const int64_t count = e.down.experts;
   // Pairs by expert: those of expert i are order[start[i]] up to order[start[i + 1]].
@@ -156,7 +46,7 @@ void run_experts(const Kernels& kernels, const Experts& e, const float* x, const
   std::partial_sum(start.begin(), start.end(), start.begin());
   const int64_t mine = start[count];
   if (mine == 0) {
-    if (weights) std::memset(sums, 0, tokens * width * sizeof(float));
+    for (int64_t i = 0; weights && i < tokens * width; i++) sums[i] = added ? added[i] : 0.f;
     return;
   }
   order.resize(mine);
@@ -170,7 +60,7 @@ void run_experts(const Kernels& kernels, const Experts& e, const float* x, const
   std::stable_sort(active.begin(), active.end(), [&](int64_t a, int64_t b) { return tokens_of(a) > tokens_of(b); });
 
   const Matrix& in = e.in[0].matrix;
-  const Activations a0 = first_input.make(kernels, in, x, tokens);
+  const Activations a0 = ready ? *ready : first_input.make(kernels, in, x, tokens);
   Activations a1 = a0;
   if (e.in.size() > 1 && !(kernels.choose(e.in[1].matrix) == a0.layout))
     a1 = second_input.make(kernels, e.in[1].matrix, x, tokens);
@@ -246,6 +136,8 @@ void run_experts(const Kernels& kernels, const Experts& e, const float* x, const
         const float *from = out + p * width, by = weights[p];
         for (int64_t c = 0; c < width; c++) to[c] += by * from[c];
       }
+      if (added)
+        for (int64_t c = 0; c < width; c++) to[c] += added[t * width + c];
     }
   };
 
@@ -270,6 +162,41 @@ void experts(const Kernels& kernels, const Experts& e, const float* x, const int
 void experts_sum(const Kernels& kernels, const Experts& e, const float* x, const int32_t* rows,
                  const float* weights, int64_t tokens, int64_t k, float* out) {
   run_experts(kernels, e, x, rows, tokens, k, parts.get(tokens * k * e.down.rows), weights, out);
+}
+
+void moe(const Kernels& kernels, const Ops& ops, const Linear& gate, const Experts& e, const Frame& frame, const Choose& choose,
+         const float* x, int64_t tokens, int64_t k, float* out) {
+  const Matrix &in = e.in[0].matrix, &of_gate = gate.matrix;
+  const int64_t width = in.width;
+  float* const scores = routed.get(tokens * (gate.rows + k));
+  float* const from = frame.norm ? normed.get(tokens * width) : nullptr;
+  const float* const input = from ? from : x;
+  Prepared &first = first_input, &second = gate_input;
+  const Activations a = first.reserve(kernels, in, input, tokens);
+  const bool alike = kernels.choose(of_gate) == a.layout;
+  const Activations b = alike ? a : second.reserve(kernels, of_gate, input, tokens);
+  // One job: what matrices want of each token, then the gate's rows.
+  const int64_t some = tokens > FEW_TOKENS ? std::max<int64_t>(1, 8192 / width) : 1, pieces = (tokens + some - 1) / some;
+  const int64_t share = gate.rows / (2 * WorkerPool::get().threads()) / 16 * 16;
+  const int64_t size = std::clamp<int64_t>(share, 16, 256), chunks = (gate.rows + size - 1) / size;
+  Countdown unprepared;
+  unprepared.expect(pieces);
+  WorkerPool::get().run(pieces + chunks, [&](int64_t i) {
+    if (i >= pieces) {
+      unprepared.wait();
+      const int64_t row = (i - pieces) * size;
+      return multiply_rows(kernels, gate, b, row, std::min(gate.rows, row + size), tokens, scores);
+    }
+    const Finally end{[&] { unprepared.finish(); }};
+    const int64_t begin = i * some, last = std::min(tokens, begin + some);
+    if (from) ops.rms_norm(x + begin * width, frame.norm, frame.eps, last - begin, width, from + begin * width);
+    first.fill(kernels, begin, last);
+    if (!alike) second.fill(kernels, begin, last);
+  });
+  float* const weights = scores + tokens * gate.rows;
+  const std::vector<int32_t> rows = choose(scores, weights);
+  run_experts(kernels, e, input, rows.data(), tokens, k, parts.get(tokens * k * e.down.rows), weights, out, &a,
+              frame.add ? x : nullptr);
 }
 
 }  // namespace cenacle

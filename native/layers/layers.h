@@ -4,9 +4,11 @@
 // Does not know: MLX, instruction sets. Next: primitives.cpp, which puts these into MLX's graph.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "kernels/repack.h"
+#include "ops/ops.h"
 
 namespace cenacle {
 
@@ -49,5 +51,19 @@ void experts(const Kernels&, const Experts&, const float* x, const int32_t* rows
 // out[t] = sum over j of weights[t, j] times that, in the order of j. out [tokens, width].
 void experts_sum(const Kernels&, const Experts&, const float* x, const int32_t* rows, const float* weights,
                  int64_t tokens, int64_t k, float* out);
+
+// What stands around a block's matrices: f(rms_norm(x)) for f(x) if there is a `norm` [width], and x + that if `add`.
+struct Frame {
+  const float* norm = nullptr;
+  float eps = 0;
+  bool add = false;
+};
+
+// Scores [tokens, experts of the gate] -> weights [tokens, k], and which row each choice is, or -1.
+using Choose = std::function<std::vector<int32_t>(const float* scores, float* weights)>;
+
+// The weighted sum of the experts that are chosen by a gate's scores. x, out [tokens, width].
+void moe(const Kernels&, const Ops&, const Linear& gate, const Experts&, const Frame&, const Choose&, const float* x,
+         int64_t tokens, int64_t k, float* out);
 
 }  // namespace cenacle

@@ -36,6 +36,7 @@ struct Attention {
 };
 
 constexpr int ROWS_AT_ONCE = 64, KEYS_AT_ONCE = 64;
+constexpr int64_t KEYS_OF_PART = 512;  // of few rows over many keys, for one thread
 constexpr int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
 struct Ops {
@@ -83,8 +84,15 @@ struct Rope {
 };
 void rope(const Ops&, const Rope&);
 
+// The cosines [half] and sines [half] that it turns by, for each position of each of the batch's offsets, one after the other.
+// They are the calling thread's until its next call; the same ones are not made again, as all layers of a token ask for them.
+const float* rope_table(const Rope&);
+
 // `count` of them at once, such as several streams'.
 void attention(const Ops&, const Attention*, int64_t count = 1);
+
+// One key head's part of it, by the calling thread: of up to ROWS_AT_ONCE rows and KEYS_OF_PART keys. The same bits.
+void attend_head(const Ops&, const Attention&, int64_t batch, int64_t kv_head);
 
 extern const Ops ops_portable;
 #ifdef CENACLE_AVX2

@@ -65,29 +65,27 @@ class ExpertsPrimitive : public Primitive {
 class MoePrimitive : public Primitive {
  public:
   MoePrimitive(mx::Stream s, Linear gate, Experts experts, const Kernels* kernels,
-               std::shared_ptr<const ReplicaAssigner> assigner, int k, bool normalized)
+               std::shared_ptr<const ReplicaAssigner> assigner, int k, bool normalized, bool normed, float eps, bool add)
       : Primitive(s), gate_(gate), experts_(std::move(experts)), kernels_(kernels), assigner_(std::move(assigner)),
-        k_(k), normalized_(normalized) {}
+        k_(k), normalized_(normalized), normed_(normed), eps_(eps), add_(add) {}
   const char* name() const override { return "CenacleMoE"; }
 
-  // Inputs: x, which row each id is, matrices. Outputs: the sum, and ids.
+  // Inputs: x, which row each id is, the norm's weights if there is one, matrices. Outputs: the sum, and ids.
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     for (auto& o : outputs) o.set_data(mx::allocator::malloc(o.nbytes()));
     enqueue(stream(), outputs[0].nbytes(),
             [x = StridedInput(inputs[0]), map = inputs[1].data<int32_t>(), known = int64_t(inputs[1].size()),
              out = outputs[0].data<float>(), ids = outputs[1].data<uint32_t>(),
+             frame = Frame{normed_ ? inputs[2].data<float>() : nullptr, eps_, add_},
              tokens = int64_t(inputs[0].size()) / gate_.matrix.width, gate = gate_, e = experts_, kernels = kernels_,
-             assigner = assigner_, k = k_, normalized = normalized_] {
+             ops = &ops(), assigner = assigner_, k = k_, normalized = normalized_] {
               const KernelTimer busy;
               std::vector<uint32_t> copy;
-              static thread_local std::vector<float> memory;
-              memory.resize(tokens * (gate.rows + k));
-              float *const scores = memory.data(), *const weights = scores + tokens * gate.rows;
-              const float* from = x.read<float>(copy);
-              linear(*kernels, gate, from, tokens, scores);
-              route(scores, tokens, gate.rows, k, normalized, ids, weights);
-              const auto rows = rows_of(ids, tokens * k, map, known, assigner.get());
-              experts_sum(*kernels, e, from, rows.data(), weights, tokens, k, out);
+              const auto choose = [&](const float* scores, float* weights) {
+                route(scores, tokens, gate.rows, k, normalized, ids, weights);
+                return rows_of(ids, tokens * k, map, known, assigner.get());
+              };
+              moe(*kernels, *ops, gate, e, frame, choose, x.read<float>(copy), tokens, k, out);
             });
   }
 
@@ -97,7 +95,9 @@ class MoePrimitive : public Primitive {
   const Kernels* kernels_;
   std::shared_ptr<const ReplicaAssigner> assigner_;
   int k_;
-  bool normalized_;
+  bool normalized_, normed_;
+  float eps_;
+  bool add_;
 };
 
 // The matrices, which are inputs too.
@@ -136,20 +136,24 @@ mx::array call_experts(const mx::array& x, const mx::array& ids, const Stack& e,
                    std::move(inputs));
 }
 
-std::vector<mx::array> call_moe(const mx::array& x, const Weights& gate, const Stack& e, int k, bool normalized) {
+std::vector<mx::array> call_moe(const mx::array& x, const Weights& gate, const Stack& e, int k, bool normalized,
+                                const std::optional<mx::array>& norm, float eps, bool add) {
   if (x.ndim() == 0 || x.shape(-1) != gate.width || x.shape(-1) != e.in[0].width)
     throw std::invalid_argument("moe: expected x [..., " + std::to_string(e.in[0].width) + "]");
   if (gate.stacked || gate.kernels != e.down.kernels || k < 1 || k > gate.rows)
     throw std::invalid_argument("moe: expected a gate with scores of at least k experts");
+  if (add && e.down.rows != x.shape(-1))
+    throw std::invalid_argument("moe: expected experts whose output is as wide as their input");
   const mx::Stream s = mx::default_stream(mx::Device::cpu);
   mx::Shape ids = x.shape(), shape = x.shape();
   ids.back() = k, shape.back() = int(e.down.rows);
   std::vector<mx::array> inputs{as(x, mx::float32, s), e.map};
+  if (norm) inputs.push_back(norm_weights(*norm, x.shape(-1)));
   Experts raw = raw_experts(e, inputs);
   gate.inputs(inputs);
   return mx::array::make_arrays({std::move(shape), std::move(ids)}, {mx::float32, mx::uint32},
                                 std::make_shared<MoePrimitive>(s, gate.linear(), std::move(raw), e.down.kernels,
-                                                               e.assigner, k, normalized),
+                                                               e.assigner, k, normalized, norm.has_value(), eps, add),
                                 inputs);
 }
 

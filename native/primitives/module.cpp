@@ -93,13 +93,15 @@ NB_MODULE(_native, m) {
         nb::arg("offset"));
   nb::class_<StreamAttention>(m, "StreamAttention")
       .def(nb::init<Weights, Weights, Weights, int, std::optional<mx::array>, std::optional<mx::array>, float, float,
-                    int, bool, float, float, float, std::optional<Weights>>(),
+                    int, bool, float, float, float, std::optional<Weights>, std::optional<mx::array>, float, bool>(),
            nb::kw_only(), nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("width"), nb::arg("q_norm").none(),
            nb::arg("k_norm").none(), nb::arg("q_eps"), nb::arg("k_eps"), nb::arg("dims"), nb::arg("traditional"),
-           nb::arg("base"), nb::arg("scale"), nb::arg("attention_scale"), nb::arg("output").none())
+           nb::arg("base"), nb::arg("scale"), nb::arg("attention_scale"), nb::arg("output").none(),
+           nb::arg("input_norm").none() = nb::none(), nb::arg("input_eps") = 0.f, nb::arg("add") = false)
       .def("__call__", &StreamAttention::call, nb::arg("x"), nb::arg("keys"), nb::arg("values"), nb::arg("offsets"),
            nb::arg("owned"));
-  m.def("moe", &call_moe, nb::arg("x"), nb::arg("gate"), nb::arg("stack"), nb::arg("k"), nb::arg("normalized"));
+  m.def("moe", &call_moe, nb::arg("x"), nb::arg("gate"), nb::arg("stack"), nb::arg("k"), nb::arg("normalized"),
+        nb::arg("norm").none() = nb::none(), nb::arg("eps") = 0.f, nb::arg("add") = false);
   // A benchmark's ceiling: reads bytes as fast as one core or all can, and adds them up.
   m.def("read", [](const mx::array& a) {
     const uint64_t* data = reinterpret_cast<const uint64_t*>(a.data<char>());

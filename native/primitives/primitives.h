@@ -10,11 +10,14 @@
 #include <variant>
 #include <vector>
 
+#include "layers/stream_step.h"
 #include "load_balancer.h"
-#include "ops/ops.h"
 #include "primitives/weights.h"
 
 namespace cenacle {
+
+// A norm's weights as float32 [width] in one piece, there now.
+mx::array norm_weights(const mx::array& norm, int64_t width);
 
 // x [..., width] -> [..., rows].
 mx::array call_linear(const mx::array& x, const Weights& w);
@@ -72,11 +75,6 @@ std::vector<mx::array> call_qkv(const mx::array& x, const Weights& q, const Weig
                                 bool traditional, float base, float scale,
                                 const std::variant<int, mx::array>& offset);
 
-// What `call_qkv` computes, over raw pointers.
-void project(const std::array<Linear, 3>& layers, const Kernels& kernels, const Ops& ops, int64_t width,
-             std::array<const float*, 2> norms, std::array<float, 2> eps, Rope rope, const float* x, int64_t tokens,
-             std::array<float*, 3> out);
-
 // A layer's attention for one new token of each of some streams.
 struct StreamAttention {
   Weights q, k, v;
@@ -87,10 +85,14 @@ struct StreamAttention {
   bool traditional;
   float base, scale, attention_scale;
   std::optional<Weights> output;
+  std::optional<mx::array> input_norm;  // of x, before the projections
+  float input_eps;
+  bool add;  // x to the output
 
   StreamAttention(Weights q, Weights k, Weights v, int width, std::optional<mx::array> q_norm,
                   std::optional<mx::array> k_norm, float q_eps, float k_eps, int dims, bool traditional, float base,
-                  float scale, float attention_scale, std::optional<Weights> output);
+                  float scale, float attention_scale, std::optional<Weights> output, std::optional<mx::array> input_norm,
+                  float input_eps, bool add);
 
   // x [streams, 1, in]; keys and values [1, heads, capacity, width], of which `offsets[i]` rows are filled. The new rows
   // are put behind them, in place where the stream is `owned`: nobody else writes into its buffers. -> [streams, 1, out]
@@ -101,7 +103,8 @@ struct StreamAttention {
 };
 
 // x [..., in] -> the weighted sum of the k experts that a gate's softmax likes best, and their ids [..., k]; weights are
-// divided by their sum if `normalized`.
-std::vector<mx::array> call_moe(const mx::array& x, const Weights& gate, const Stack& e, int k, bool normalized);
+// divided by their sum if `normalized`. With a `norm` [in], of x as it normalizes it; x is added to the sum if `add`.
+std::vector<mx::array> call_moe(const mx::array& x, const Weights& gate, const Stack& e, int k, bool normalized,
+                                const std::optional<mx::array>& norm, float eps, bool add);
 
 }  // namespace cenacle

@@ -7,8 +7,7 @@
 namespace cenacle {
 namespace {
 
-}  // namespace
-
+// What `call_qkv` computes, over raw pointers.
 void project(const std::array<Linear, 3>& layers, const Kernels& kernels, const Ops& ops, int64_t width,
              std::array<const float*, 2> norms, std::array<float, 2> eps, Rope rope, const float* x, int64_t tokens,
              std::array<float*, 3> out) {
@@ -29,8 +28,6 @@ void project(const std::array<Linear, 3>& layers, const Kernels& kernels, const 
   const KernelTimer busy;
   linear(kernels, layers[2], x, tokens, out[2]);
 }
-
-namespace {
 
 class QkvPrimitive : public Primitive {
  public:

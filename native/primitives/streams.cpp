@@ -43,13 +43,11 @@ struct Append {
                                           : write_row<mx::float16_t>;
   }
 
-  // rows [heads, width].
-  void run(const float* rows) const {
-    for (int64_t h = 0; h < heads; h++) {
-      char* const all = to + h * capacity * width * size;
-      if (from) copy_head(h, all);
-      write(rows + h * width, width, all + at * width * size);
-    }
+  // row [width], of head `h`.
+  void run(int64_t h, const float* row) const {
+    char* const all = to + h * capacity * width * size;
+    if (from) copy_head(h, all);
+    write(row, width, all + at * width * size);
   }
 
   void copy_head(int64_t h, char* all) const {
@@ -72,12 +70,13 @@ class StreamAttentionPrimitive : public Primitive {
                            std::vector<int> owned)
       : Primitive(s), layers_(layers), output_(output), kernels_(kernels), width_(settings.width),
         normed_{settings.q_norm.has_value(), settings.k_norm.has_value()}, eps_{settings.q_eps, settings.k_eps},
+        eps_of_input_(settings.input_eps), normed_input_(settings.input_norm.has_value()), add_(settings.add),
         scale_(settings.attention_scale), offsets_(std::move(offsets)), owned_(std::move(owned)) {
     rope_.dims = settings.dims, rope_.traditional = settings.traditional, rope_.scale = settings.scale;
   }
   const char* name() const override { return "CenacleStreamAttention"; }
 
-  // Inputs: x [streams, 1, in], rates, norms' weights, each stream's keys, then its values, matrices.
+  // Inputs: x [streams, 1, in], rates, norms' weights (the input's last), each stream's keys, then its values, matrices.
   // Outputs: [streams, 1, out], the keys, the values.
   void eval_cpu(const std::vector<mx::array>& inputs, std::vector<mx::array>& outputs) override {
     const size_t streams = offsets_.size();
@@ -86,6 +85,7 @@ class StreamAttentionPrimitive : public Primitive {
     std::array<const float*, 2> norms{};
     for (int i = 0; i < 2; i++)
       if (normed_[i]) norms[i] = inputs[next++].data<float>();
+    const Frame frame{normed_input_ ? inputs[next++].data<float>() : nullptr, eps_of_input_, add_};
     std::vector<Append> appends;
     for (size_t i = 0; i < 2 * streams; i++)
       appends.emplace_back(inputs[next + i], outputs[1 + i], offsets_[i % streams], owned_[i % streams] != 0);
@@ -107,26 +107,18 @@ class StreamAttentionPrimitive : public Primitive {
     rope.rates = inputs[1].data<float>(), rope.rate_stride = inputs[1].strides(0);
     enqueue(stream(), outputs[0].nbytes(),
             [x = StridedInput(inputs[0]), out = outputs[0].data<float>(), layers = layers_, output = output_,
-             kernels = kernels_, ops = &ops(), width = width_, norms, eps = eps_, rope, appends = std::move(appends),
-             all = std::move(all), offsets = offsets_, heads, kv_heads]() mutable {
-              const int64_t streams = int64_t(offsets.size()), wide = heads * width, narrow = kv_heads * width;
-              std::vector<uint32_t> copy;
-              static thread_local std::vector<float> memory;
-              memory.resize(streams * 2 * (wide + narrow));
-              float* const q = memory.data();
-              float *const k = q + streams * wide, *const v = k + streams * narrow, *const seen = v + streams * narrow;
-              rope.offsets = offsets.data();
-              project(layers, *kernels, *ops, width, norms, eps, rope, x.read<float>(copy), streams, {q, k, v});
-              for (int64_t i = 0; i < streams; i++) {
-                appends[i].run(k + i * narrow);
-                appends[streams + i].run(v + i * narrow);
-                all[i].q = q + i * wide, all[i].q_strides[1] = all[i].q_strides[2] = width;
-                all[i].out = (output ? seen : out) + i * wide;
-              }
-              attention(*ops, all.data(), streams);
-              if (!output) return;
+             kernels = kernels_, ops = &ops(), width = width_, norms, eps = eps_, rope, frame,
+             appends = std::move(appends), all = std::move(all), offsets = offsets_]() mutable {
               const KernelTimer busy;
-              linear(*kernels, *output, seen, streams, out);
+              std::vector<uint32_t> copy;
+              const int64_t streams = int64_t(offsets.size());
+              rope.offsets = offsets.data();
+              const auto append = [&](int64_t stream, int64_t head, const float* key, const float* value) {
+                appends[stream].run(head, key);
+                appends[streams + stream].run(head, value);
+              };
+              attend_streams(*kernels, *ops, {layers, output ? &*output : nullptr, width, norms, eps, rope, frame},
+                             all.data(), streams, append, x.read<float>(copy), out);
             });
   }
 
@@ -137,6 +129,8 @@ class StreamAttentionPrimitive : public Primitive {
   int64_t width_;
   std::array<bool, 2> normed_;
   std::array<float, 2> eps_;
+  float eps_of_input_;
+  bool normed_input_, add_;
   float scale_;
   Rope rope_{};
   std::vector<int64_t> offsets_;
@@ -163,23 +157,32 @@ void check(const mx::array& x, const StreamAttention& s, const std::vector<mx::a
 
 }  // namespace
 
+mx::array norm_weights(const mx::array& norm, int64_t width) {
+  if (norm.ndim() != 1 || norm.shape(0) != width || norm.dtype() != mx::float32)
+    throw std::invalid_argument("norms: expected float32 of width " + std::to_string(width));
+  if (norm.is_available() && norm.flags().row_contiguous) return norm;
+  mx::array weights = mx::contiguous(norm, false, mx::default_stream(mx::Device::cpu));
+  nb::gil_scoped_release release;
+  weights.eval();
+  return weights;
+}
+
 StreamAttention::StreamAttention(Weights q_, Weights k_, Weights v_, int width_, std::optional<mx::array> q_norm_,
                                  std::optional<mx::array> k_norm_, float q_eps_, float k_eps_, int dims_,
                                  bool traditional_, float base_, float scale_, float attention_scale_,
-                                 std::optional<Weights> output_)
+                                 std::optional<Weights> output_, std::optional<mx::array> input_norm_,
+                                 float input_eps_, bool add_)
     : q(std::move(q_)), k(std::move(k_)), v(std::move(v_)), width(width_), q_norm(std::move(q_norm_)),
       k_norm(std::move(k_norm_)), q_eps(q_eps_), k_eps(k_eps_), dims(dims_), traditional(traditional_), base(base_),
-      scale(scale_), attention_scale(attention_scale_), output(std::move(output_)) {
+      scale(scale_), attention_scale(attention_scale_), output(std::move(output_)), input_norm(std::move(input_norm_)),
+      input_eps(input_eps_), add(add_) {
   if (dims <= 0 || dims % 2 || dims > width)
     throw std::invalid_argument("dims: expected an even number up to " + std::to_string(width));
-  for (auto* norm : {&q_norm, &k_norm}) {
-    if (!*norm) continue;
-    if ((*norm)->shape() != mx::Shape{width} || (*norm)->dtype() != mx::float32)
-      throw std::invalid_argument("norms: expected float32 of a head's width");
-    *norm = mx::contiguous(**norm, false, mx::default_stream(mx::Device::cpu));
-    nb::gil_scoped_release release;
-    (*norm)->eval();
-  }
+  if (add && (!output || output->rows != q.width))
+    throw std::invalid_argument("add: expected an output projection to the input's width");
+  for (auto* norm : {&q_norm, &k_norm})
+    if (*norm) *norm = norm_weights(**norm, width);
+  if (input_norm) input_norm = norm_weights(*input_norm, q.width);
   for (const auto* w : {&q, &k, &v})
     if (w->width != q.width || w->rows % width || w->kernels != q.kernels || w->stacked)
       throw std::invalid_argument("expected projections of one width, to heads of " + std::to_string(width));
@@ -200,6 +203,7 @@ std::vector<mx::array> StreamAttention::call(const mx::array& x, const std::vect
   std::vector<mx::Dtype> types{mx::float32};
   for (const auto* norm : {&q_norm, &k_norm})
     if (*norm) inputs.push_back(**norm);
+  if (input_norm) inputs.push_back(*input_norm);
   for (const auto* buffers : {&keys, &values})
     for (size_t i = 0; i < offsets.size(); i++) {
       const mx::array& buffer = (*buffers)[i];

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -56,3 +56,12 @@ def kernels(request):
     module.select_kernels(request.param)
     yield module
     module.select_kernels(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """Sets the kernels' number of threads, until the test ends."""
+    module = native.extension()
+    before = module.threads()
+    yield module.set_threads
+    module.set_threads(before)

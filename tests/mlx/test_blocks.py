@@ -79,6 +79,37 @@ def test_weighted_sum_of_experts(kernels, tokens):
         kernels.experts(x, ids, stack, route_scores[:, :2])
 
 
+@pytest.mark.parametrize("held", [6, 0])
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+def test_a_norm_before_and_an_addition_after_experts_give_the_bits_of_each_alone(
+    kernels, threads, tokens, held
+):
+    stacked = [nn.QuantizedLinear(64, 6 * 32, False, 32, 4) for _ in range(2)]
+    stacked.append(nn.QuantizedLinear(32, 6 * 64, False, 32, 4))
+    shapes = [
+        [mx.unflatten(a, 0, (6, -1)) for a in layer.parameters().values()] for layer in stacked
+    ]
+    *inputs, down = (kernels.Weights(*arrays, None, 4, 32, "affine") for arrays in shapes)
+    rows = mx.array([*range(held), *(-1 for _ in range(held, 7))], dtype=mx.int32)
+    stack = kernels.Stack(inputs, down, rows, 0, 0.0, 0.0)
+    x, norm = normal(tokens, 64), 1 + normal(64, seed=2) / 4
+    normed = kernels.rms_norm(x, norm, 1e-5)
+    for router in (nn.Linear(64, 6, bias=False), nn.QuantizedLinear(64, 6, False, 32, 4)):
+        gate = native_weights(router)
+        ids, weights = kernels.route(kernels.linear(normed, gate), 2, True)
+        expected = kernels.experts(normed, ids, stack, weights)
+        for n in (1, 2, 3):
+            threads(n)
+            got, chosen = kernels.moe(x, gate, stack, 2, True, norm, 1e-5)
+            assert mx.array_equal(chosen, ids)
+            assert mx.array_equal(got, expected)
+            assert mx.array_equal(kernels.moe(normed, gate, stack, 2, True)[0], expected)
+            added = kernels.moe(x, gate, stack, 2, True, norm, 1e-5, add=True)[0]
+            assert mx.array_equal(added, x + expected)
+    with pytest.raises(ValueError, match="width 64"):
+        kernels.moe(x, gate, stack, 2, True, norm[:32], 1e-5)
+
+
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("dims", [16, 32])
 @pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, 9), (3, 1), (2, 40)])

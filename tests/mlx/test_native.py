@@ -36,14 +36,6 @@ EXACT, ROUNDED, COARSE = 1e-6, 6e-5, 1e-2
 RUNNABLE = [row.name for row in list_families() if row.refused is None]
 
 
-@pytest.fixture
-def threads():
-    module = native.extension()
-    before = module.threads()
-    yield module.set_threads
-    module.set_threads(before)
-
-
 def normal(*shape: int, seed: int = 0) -> mx.array:
     return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
 

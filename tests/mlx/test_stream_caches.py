@@ -4,6 +4,7 @@ from functools import partial
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models import qwen3_moe
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 from one_process import load_rank, spec_of, tiny_model
 
@@ -13,6 +14,7 @@ from cenacle.core.plan import Plan
 from cenacle.core.request import Request, Sampling
 from cenacle.engine.engine import Engine
 from cenacle.engine.options import EngineOptions
+from cenacle.model import native_blocks
 from cenacle.model.kv_dtype import install_kv_dtype
 from cenacle.model.step_timer import StepTimer
 from cenacle.model.stream_caches import SharedPass, StreamCaches, into_streams
@@ -186,6 +188,52 @@ def test_an_output_projection_is_that_of_the_attention():
     assert mx.array_equal(attention(x, *arguments)[0], expected)
     with pytest.raises(ValueError, match="do not fit"):
         make_attention(output=plain_weights())
+
+
+@pytest.mark.parametrize("lengths", [(3,), (0, 255, 256), (3, 700)])  # the last in parts
+@pytest.mark.parametrize("bits", [0, 4])
+def test_a_norm_before_attention_and_an_addition_after_it_give_the_bits_of_each_alone(
+    lengths, bits, threads
+):
+    given = {}
+    if bits:  # k has another layout of activations than q and v
+        sizes = {"q": (128, 64, 4), "k": (64, 64, 8), "v": (64, 64, 4), "output": (64, 128, 4)}
+        for name, (rows, width, of_weight) in sizes.items():
+            arrays = mx.quantize(mx.random.normal((rows, width)) / 8, 32, of_weight)
+            given[name] = native.extension().Weights(*arrays, None, of_weight, 32, "affine")
+    output = given.pop("output", None) or make_attention()[2]
+    norm = 1 + mx.random.normal((64,)) / 4
+    plain = make_attention(**given)[1]
+    attention = make_attention(**given, output=output, input_norm=norm, input_eps=1e-5, add=True)[1]
+    x = mx.random.normal((len(lengths), 1, 64))
+    shapes = [(1, KV_HEADS, -(-max(n, 1) // 256) * 256, WIDTH) for n in lengths]
+    keys, values = ([mx.random.normal(shape) for shape in shapes] for _ in range(2))
+    arguments = keys, values, list(lengths), [False] * len(lengths)
+    normed = native.extension().rms_norm(x, norm, 1e-5)
+    expected, *caches = plain(normed, *arguments)
+    expected = x + native.extension().linear(expected, output)
+    for n in (1, 2, 3):
+        threads(n)
+        got, *written = attention(x, *arguments)
+        assert mx.array_equal(got, expected)
+        assert all(mx.array_equal(a, b) for a, b in zip(written, caches, strict=True))
+    with pytest.raises(ValueError, match="add: expected"):
+        make_attention(**given, add=True)
+
+
+@pytest.mark.parametrize("model", ["qwen3_moe"], indirect=True)
+def test_a_layer_of_two_nodes_gives_the_bits_of_its_parts(model):
+    layers = [m for _, m in model.named_modules() if isinstance(m, native_blocks.NativeLayer)]
+    assert len(layers) == len(model.layers)
+    seen = []
+    for kind in (native_blocks.NativeLayer, qwen3_moe.Qwen3MoeDecoderLayer):
+        for layer in layers:
+            layer.__class__ = kind
+        together = merge([into_streams(fill(model, tokens)) for tokens in (LONG, SHORT)])
+        seen.append([model(mx.array([[t], [t + 1]]), cache=together) for t in range(3)])
+    for layer in layers:
+        layer.__class__ = native_blocks.NativeLayer
+    assert all(mx.array_equal(a, b) for a, b in zip(*seen, strict=True))
 
 
 def plain_weights():

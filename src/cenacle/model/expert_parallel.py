@@ -241,9 +241,22 @@ class NativeExperts(LocalExperts):
         self.routing.put(ids)
         return self._experts(x, ids, self._stack, weights)
 
-    def routed(self, x: mx.array, gate: native_layers.Gate) -> mx.array:
-        """`weighted` with the ids and weights that a gate chooses, in one node."""
-        y, ids = self._moe(x, gate.weights, self._stack, gate.k, gate.normalized)
+    def routed(
+        self,
+        x: mx.array,
+        gate: native_layers.Gate,
+        norm: nn.RMSNorm | None = None,
+        *,
+        add: bool = False,
+    ) -> mx.array:
+        """`weighted` with the ids and weights that a gate chooses, in one node.
+
+        Args:
+            norm: comes before, if there is one.
+            add: whether x is added.
+        """
+        of_norm = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        y, ids = self._moe(x, gate.weights, self._stack, gate.k, gate.normalized, *of_norm, add)
         self._timer.record_routing(self._layer, ids)
         self.routing.put(ids)
         return y
@@ -319,6 +332,7 @@ class ExpertParallel(nn.Module):
         super().__init__()
         self.block = block
         self._routing, self._collective, self._timer = routing, collective, timer
+        self._is_plain = family.forward is None and not inside
         self._forward: Callable[..., mx.array]
         if family.forward is not None:
             custom = family.forward
@@ -336,6 +350,19 @@ class ExpertParallel(nn.Module):
         """As the block; the same on every rank."""
         self._timer.lap("trunk", *args)
         return self._forward(*args)
+
+    @property
+    def can_add(self) -> bool:
+        """Whether `add_to` can be called."""
+        native = type(self.block) is native_blocks.NativeBlock and self.block.has_gate
+        return self._is_plain and native
+
+    def add_to(self, x: mx.array, norm: nn.RMSNorm) -> mx.array:
+        """x + the block of norm(x), [batch, length, width]; the same on every rank."""
+        self._timer.lap("trunk", x)
+        is_alone = self._collective.size == 1
+        total = self._all_reduce(self.block.of_norm(x, norm, add=is_alone))
+        return total if is_alone else x + total
 
     def _all_reduce(self, part: mx.array) -> mx.array:
         self._timer.lap("experts", part)
