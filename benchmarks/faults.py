@@ -89,6 +89,8 @@ def run_local_rows(options: argparse.Namespace, names: list[str], folder: Path, 
                 if server is None:
                     server = local_faults.Server(options.nodes, folder)
                     ends.callback(server.close)
+                    undisturbed = []
+                if not (undisturbed or row.ends):
                     undisturbed = server.undisturbed()
                 local_faults.run(server, row, undisturbed, record)
                 if row.ends:

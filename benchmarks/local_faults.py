@@ -221,14 +221,17 @@ def pause(server: Server) -> None:
 
 def kill_twice(server: Server) -> None:
     """SIGKILL to a rank, and to one of those that are started in its place."""
-    old, serving = set(server.pids()), server.health()[1]["pid"]
-    os.kill(min(old), signal.SIGKILL)
+    ranks, serving = server.pids(), server.health()[1]["pid"]
+
+    def children() -> set[int]:
+        tasks = Path(f"/proc/{serving}/task").iterdir()
+        return {int(p) for task in tasks for p in (task / "children").read_text().split()}
+
+    old = children()  # besides ranks, the process that tokenizes
+    os.kill(min(ranks), signal.SIGKILL)
 
     def young() -> list[int]:
-        record: set[int] = set()
-        for task in Path(f"/proc/{serving}/task").iterdir():
-            record |= {int(pid) for pid in (task / "children").read_text().split()} - old
-        return sorted(pid for pid in record if alive(pid))
+        return sorted(pid for pid in children() - old if alive(pid))
 
     wait_for(lambda: bool(young()), 10)
     time.sleep(0.5)

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -285,6 +285,25 @@ class Streaming(threading.Thread):
         return max(b - a for a, b in itertools.pairwise(self.times))
 
 
+class Watching(threading.Thread):
+    """A stream as it is, to see what clients do not show."""
+
+    def __init__(self, served: Server) -> None:
+        super().__init__(daemon=True)
+        self.times: list[float] = []
+        self.lines: list[str] = []
+        self._url = f"{served.url}/v1/chat/completions"
+        self.start()
+
+    def run(self) -> None:
+        body = {"messages": SUM, "temperature": 0, "stream": True, **ENDLESS}
+        with HTTP.stream("POST", self._url, json=body, timeout=HANGS_UP_S) as answer:
+            for line in answer.iter_lines():
+                self.lines.append(line)
+                if line.startswith("data: "):
+                    self.times.append(time.monotonic())
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("served") / "log"
@@ -297,7 +316,9 @@ def pids_of(served: Server) -> list[int]:
     return [rank["pid"] for rank in served.health()[1]["ranks"]]
 
 
-def recovers(served: Server, streams: list[Streaming], fault: Callable[[], None]) -> str:
+def recovers(
+    served: Server, streams: Sequence[Streaming | Watching], fault: Callable[[], None]
+) -> str:
     """Why the group was formed anew after a fault in the middle of these."""
     wait_until(lambda: all(len(s.times) > 8 for s in streams), 60, "some tokens")
     assert all(s.is_alive() for s in streams), "the answers are too short to be disturbed"
@@ -314,20 +335,11 @@ def test_whatever_was_asked_goes_on_and_no_client_hangs_up(served: Server) -> No
     for name, stream in undisturbed.items():
         assert stream.result(), name
     disturbed = {name: Streaming(served, name) for name in REQUEST_OPTIONS}
-    lines: list[str] = []
-
-    def watch() -> None:
-        """A stream as it is, to see what clients do not show."""
-        body = {"messages": SUM, "temperature": 0, "stream": True, **ENDLESS}
-        with HTTP.stream(
-            "POST", f"{served.url}/v1/chat/completions", json=body, timeout=HANGS_UP_S
-        ) as answer:
-            lines.extend(answer.iter_lines())
-
-    watching = threading.Thread(target=watch)
-    watching.start()
+    wait_until(lambda: all(s.times for s in disturbed.values()), 60, "their first tokens")
+    watching = Watching(served)
     pid = pids_of(served)[1]
-    reason = recovers(served, [*disturbed.values()], lambda: os.kill(pid, signal.SIGSTOP))
+    streams = [*disturbed.values(), watching]
+    reason = recovers(served, streams, lambda: os.kill(pid, signal.SIGSTOP))
     assert "rank 1" in reason
     for name, stream in disturbed.items():
         assert stream.result() == undisturbed[name].output, name
@@ -335,8 +347,8 @@ def test_whatever_was_asked_goes_on_and_no_client_hangs_up(served: Server) -> No
         assert stream.pause_s > HANGS_UP_S, "a client that waits in silence would have gone"
     assert len(undisturbed["log-probabilities"].logprobs) == 4 * 100
     watching.join(120)
-    assert ": waiting" in lines
-    assert lines[-2] == "data: [DONE]"
+    assert ": waiting" in watching.lines
+    assert watching.lines[-2] == "data: [DONE]"
 
 
 def drafted(served: Server) -> float:
