@@ -1,6 +1,7 @@
 """For all tests: nothing of the user is touched, nothing is timed, and files run side by side."""
 
 import contextlib
+import gc
 import os
 import sys
 import tempfile
@@ -39,6 +40,13 @@ def no_write_before_an_array() -> Iterator[None]:
     yield
     if (mx := sys.modules.get("mlx.core")) is not None:
         assert mx.get_active_memory() < 1 << 44, "something wrote before the bytes of an array"
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: garbage is not looked for in it, and less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 # Where several pytest processes share the files, those that take longest begin first.

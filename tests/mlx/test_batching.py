@@ -36,6 +36,8 @@ Answers = dict[str, list[tuple[int, float]]]
 # By family, from the first test that needs them: one node's, for two nodes too.
 answers_alone: dict[str, Answers] = {}
 has_streams: dict[str, bool] = {}
+# By family, as one node measures them: where caches tell only their size, it takes long.
+footprints: dict[str, CacheFootprint] = {}
 
 
 def make_prompt(length: int, seed: int) -> tuple[int, ...]:
@@ -83,7 +85,7 @@ class RunningModel:
         plan = Plan.whole(spec_of(folder), collective.size)
         self.batching = family_of(plan.spec.family).batching
         self.collective, self.timer = collective, StepTimer()
-        self._footprints: dict[float, CacheFootprint] = {}
+        self.footprint = footprints.get(plan.spec.family) if kv_dtype == "float32" else None
         self.model = load_rank(folder, plan, collective, self.timer, "auto")
         self.rounded, self.streams = 0, False
         if native.is_available():
@@ -105,13 +107,11 @@ class RunningModel:
             speculative="off",
         )
         engine = Engine(self.model, self.collective, self.timer, options, batching=self.batching)
-        # Measured once: where caches tell only their size, it takes long.
-        footprint = self._footprints.get(prefix_cache_gb) or engine.footprint()
-        self._footprints[prefix_cache_gb] = footprint
-        assert footprint.total_bytes([100]) > 0
+        self.footprint = self.footprint or engine.footprint()
+        assert self.footprint.total_bytes([100]) > 0
         scheduler = Scheduler(
             prefill_chunk_size=prefill_chunk_size,
-            footprint=footprint,
+            footprint=self.footprint,
             prefix_cache_bytes=int(prefix_cache_gb * 1e9),
         )
         waiting = list(bursts)
@@ -162,7 +162,11 @@ def on_every_rank(
         return function(RunningModel(folder, collective, kv_dtype))
 
     if nodes == 1:
-        return run(SingleRank())
+        model = RunningModel(folder, SingleRank(), kv_dtype)
+        result = function(model)
+        if kv_dtype == "float32":
+            footprints[family] = model.footprint
+        return result
     return in_threads(nodes, run)[0]
 
 

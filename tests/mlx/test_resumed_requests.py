@@ -41,6 +41,7 @@ from cenacle.ranks.channel import Channel
 from cenacle.ranks.messages import Ready, StepOrder, StepResult
 from cenacle.ranks.rank_group import RankGroup
 from cenacle.ranks.ranks import Epoch
+from cenacle.scheduler.prefix_index import CacheFootprint
 from cenacle.scheduler.scheduler import Scheduler
 
 DEADLINE_S = 300
@@ -65,13 +66,20 @@ class ThreadRanks:
     """Ranks of one epoch: threads, each with a model, an engine and the far end of a channel.
 
     Args:
+        footprint: of the caches, as one node measures it.
         on_step: called by every rank before a step, with the rank and the step's number; what it
             raises ends that rank.
     """
 
     def __init__(
-        self, folder: Path, nodes: int, epoch: int, on_step: Callable[[int, int], None]
+        self,
+        folder: Path,
+        nodes: int,
+        epoch: int,
+        footprint: CacheFootprint,
+        on_step: Callable[[int, int], None],
     ) -> None:
+        self._footprint = footprint
         self.plan = Plan.whole(spec_of(folder), nodes)
         self.backend, self.backend_reason, self.pids = "threads", None, [0] * nodes
         self._folder, self._epoch, self._on_step = folder, epoch, on_step
@@ -111,7 +119,7 @@ class ThreadRanks:
         )
         batching = family_of(self.plan.spec.family).batching
         engine = Engine(model, collective, timer, options, batching=batching)
-        self.ready[rank] = Ready(footprint=engine.footprint())
+        self.ready[rank] = Ready(footprint=self._footprint)
         self._loaded.wait(DEADLINE_S)
         while True:
             order = parse(channel.receive(), StepOrder)
@@ -141,8 +149,8 @@ class RankDies(Exception):
 class Disturbances:
     """Starts the ranks of each epoch, which die or are ended as `LOST` and `REFORMED` say."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, footprint: CacheFootprint) -> None:
+        self._folder, self._footprint = folder, footprint
         self.group: RankGroup | None = None
         self.clients: dict[str, Client] = {}
         self.reasons: list[str] = []
@@ -160,7 +168,8 @@ class Disturbances:
                 assert self.group is not None
                 self.group.reform("another node came")
 
-        return ThreadRanks(self._folder, SIZES[epoch.number], epoch.number, disturb)
+        nodes = SIZES[epoch.number]
+        return ThreadRanks(self._folder, nodes, epoch.number, self._footprint, disturb)
 
 
 class Client:
@@ -180,13 +189,13 @@ class Client:
             self.done.set()
 
 
-def answer_disturbed(folder: Path) -> Answers:
+def answer_disturbed(folder: Path, footprint: CacheFootprint) -> Answers:
     """The answers of a group whose ranks are lost twice and exchanged once."""
-    source = Disturbances(folder)
+    source = Disturbances(folder, footprint)
     ranks = source.start(Epoch())
     scheduler = Scheduler(
         prefill_chunk_size=PREFILL_CHUNK_SIZE,
-        footprint=ranks.ready[0].footprint,
+        footprint=footprint,
         prefix_cache_bytes=10**9,
     )
     group = source.group = RankGroup(ranks, scheduler, source)
@@ -227,8 +236,9 @@ def describe_caches(family: str) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> dict[Path, Answers]:
-    """One family's folder for each kind of cache, and what each request gives alone."""
+def undisturbed() -> dict[Path, tuple[CacheFootprint, Answers]]:
+    """One family's folder for each kind of cache, its footprint, and what each request gives
+    alone."""
     kinds = {describe_caches(family): family for family in reversed(RUNNABLE)}
     answers = {}
     for family in kinds.values():
@@ -236,15 +246,15 @@ def undisturbed() -> dict[Path, Answers]:
         alone: Answers = {}
         for request in REQUESTS:
             alone |= running.answers([[request]])
-        answers[folder] = alone
+        answers[folder] = running.footprint, alone
     return answers
 
 
 def test_every_kind_of_cache_survives_its_ranks(undisturbed):
     assert len(undisturbed) >= 9
     wrong = {}
-    for folder, alone in undisturbed.items():
-        differences = find_differences(alone, answer_disturbed(folder), REQUESTS)
+    for folder, (footprint, alone) in undisturbed.items():
+        differences = find_differences(alone, answer_disturbed(folder, footprint), REQUESTS)
         if differences:
             wrong[folder.name] = differences
     assert not wrong
