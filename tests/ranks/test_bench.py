@@ -43,17 +43,26 @@ def last_json(ran):
 
 
 def script(path, body):
-    path.parent.mkdir()
+    path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!{sys.executable}\n{body}\n")
     path.chmod(0o755)
     return path
+
+
+# 6 tokens of one request in 1 s, of three in 1.5 s.
+BATCHED = """
+for requests, seconds in ((1, 1.0), (3, 1.5)):
+    print(f"| 8 | 6 | {requests} | 42 | 0.1 | 80 | 0.9 | 6.6 | {seconds} | 14 |")
+"""
 
 
 def test_bench_gives_one_object_with_everything(folder, tmp_path):
     good = "import json; print(json.dumps([{'avg_ts': 50.0}]))"
     script(tmp_path / "good" / "llama-bench", good)
     script(tmp_path / "bad" / "llama-bench", "raise SystemExit('out of luck')")
-    script(tmp_path / "slow" / "llama-bench", "import time; time.sleep(60)")
+    slow = "import sys, time; time.sleep(60 * int(sys.argv[sys.argv.index('-fa') + 1]))"
+    script(tmp_path / "slow" / "llama-bench", slow)
+    script(tmp_path / "good" / "llama-batched-bench", BATCHED)
     arguments = [
         "--nodes",
         1,
@@ -75,8 +84,8 @@ def test_bench_gives_one_object_with_everything(folder, tmp_path):
         tmp_path / "cache",
         "--json",
     ]
-    for name in ("good", "bad", "slow"):
-        arguments += ["--peer", f"llama.cpp={tmp_path / name}"]
+    for name, peer in (("good", "ik_llama.cpp"), ("bad", "llama.cpp"), ("slow", "llama.cpp")):
+        arguments += ["--peer", f"{peer}={tmp_path / name}"]
     result = last_json(run("-m", folder, *arguments))
     assert [d["context"] for d in result["decode"]] == [8, 20]
     assert [p["tokens"] for p in result["prefill"]] == [16, 20]
@@ -86,7 +95,13 @@ def test_bench_gives_one_object_with_everything(folder, tmp_path):
         assert min(row["all"]) <= row["tok_per_s"] <= max(row["all"])
     assert [len(d["all"]) for d in result["decode"]] == [2, 2]
     assert_adds_up(result["step_timings_ms"])
-    good, bad, slow = result["peers"]
+    good, *_, bad, _, slow, _, best = result["peers"]
+    threads = result["conditions"]["threads"]
+    count = f"{threads} thread{'s' if threads > 1 else ''}"
+    assert best == good | {"name": f"ik_llama.cpp, {count}, best in each cell"}
+    ours = [row["tok_per_s"] for row in result["concurrency"]]
+    assert [row["tok_per_s"] for row in good["concurrency"]] == [6.0, 12.0]
+    assert [row["ratio"] for row in good["concurrency"]] == [ours[0] / 6, ours[1] / 12]
     assert good["decode_all"] == [50.0, 50.0]
     assert good["decode_ratio"] == pytest.approx(result["decode"][0]["tok_per_s"] / 50)
     assert good["prefill_ratio"] == pytest.approx(result["prefill"][0]["tok_per_s"] / 50)

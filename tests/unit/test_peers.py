@@ -4,6 +4,7 @@ import os
 import struct
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -95,13 +96,20 @@ def test_other_shapes_are_refused_before_anything_is_written(tmp_path, config, w
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", ["vllm=/x", "llama.cpp", "llama.cpp=", "mlx-lm=/x", ""])
+@pytest.mark.parametrize(
+    "text", ["vllm=/x", "llama.cpp", "llama.cpp=", "ik_llama.cpp", "mlx-lm=/x", ""]
+)
 def test_an_unknown_peer_is_refused(text):
-    with pytest.raises(InputError, match=r"expected llama.cpp=PATH, dllama=PATH or mlx-lm"):
+    with pytest.raises(
+        InputError, match=r"expected llama.cpp=PATH, ik_llama.cpp=PATH, dllama=PATH or mlx-lm"
+    ):
         peers.parse_peer(text)
 
 
-@pytest.mark.parametrize(("name", "program"), [("llama.cpp", "llama-bench"), ("dllama", "dllama")])
+@pytest.mark.parametrize(
+    ("name", "program"),
+    [("llama.cpp", "llama-bench"), ("ik_llama.cpp", "llama-bench"), ("dllama", "dllama")],
+)
 def test_a_missing_program_is_named(tmp_path, name, program):
     with pytest.raises(InputError, match=f"expected the program {program} at {tmp_path}"):
         peers.parse_peer(f"{name}={tmp_path}")
@@ -133,9 +141,12 @@ print(json.dumps([{"avg_ts": 5.5 if wanted == "0" else 7.25, "cores": 1}]))
 assert len(os.sched_getaffinity(0)) == 1
 """
     script(tmp_path / "llama-bench", body)
-    (variant,) = peers.parse_peer(f"llama.cpp={tmp_path}").variants(workload(tmp_path))
-    assert variant.name == "llama.cpp, 1 thread"
-    assert variant.run() == peers.PeerSpeed(decode=7.25, prefill=5.5)
+    variants = peers.parse_peer(f"llama.cpp={tmp_path}").variants(workload(tmp_path))
+    assert [variant.name for variant in variants] == [
+        "llama.cpp, 1 thread, flash attention",
+        "llama.cpp, 1 thread, no flash attention",
+    ]
+    assert variants[0].run() == peers.PeerSpeed(decode=7.25, prefill=5.5)
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -149,7 +160,7 @@ assert len(os.sched_getaffinity(0)) == 1
 )
 def test_a_peer_that_fails_says_so_with_the_end_of_its_output(tmp_path, body, message):
     script(tmp_path / "llama-bench", body)
-    (variant,) = peers.parse_peer(f"llama.cpp={tmp_path}").variants(workload(tmp_path))
+    variant, _ = peers.parse_peer(f"llama.cpp={tmp_path}").variants(workload(tmp_path))
     with pytest.raises(peers.PeerFailed, match=message):
         variant.run()
 
@@ -163,7 +174,7 @@ print("still thinking", flush=True)
 time.sleep(60)
 """
     script(tmp_path / "llama-bench", body)
-    (variant,) = peers.parse_peer(f"llama.cpp={tmp_path}").variants(
+    variant, _ = peers.parse_peer(f"llama.cpp={tmp_path}").variants(
         workload(tmp_path, timeout_s=1.0)
     )
     began = time.monotonic()
@@ -189,9 +200,51 @@ def test_servers_that_do_not_listen_are_reported(tmp_path):
     script(tmp_path / "llama-bench", "print('never asked')")
     script(tmp_path / "ggml-rpc-server", "print('no such device')")
     variants = peers.parse_peer(f"llama.cpp={tmp_path}").variants(workload(tmp_path, nodes=2))
-    assert [s.name for s in variants] == ["llama.cpp, 2 threads", "llama.cpp, 2 RPC servers"]
+    assert [s.name for s in variants[1:]] == [
+        "llama.cpp, 2 threads, no flash attention",
+        "llama.cpp, 2 RPC servers",
+    ]
     with pytest.raises(peers.PeerFailed, match="did not listen: no such device"):
-        variants[1].run()
+        variants[2].run()
+
+
+BATCHED = """
+import sys
+options = sys.argv
+assert options[options.index("-npl") + 1] == "1,4" and options[options.index("-npp") + 1] == "8"
+print("|    PP |     TG |    B |   N_KV |   T_PP s | S_PP t/s |   T_TG s | S_TG t/s |      T s |    S t/s |")
+print("|-------|--------|------|--------|----------|----------|----------|----------|----------|----------|")
+print("|     8 |      4 |    1 |     12 |    0.500 |    16.00 |    0.500 |     8.00 |    1.000 |    12.00 |")
+"""  # noqa: E501
+FOUR = """
+print("|     8 |      4 |    4 |     48 |    1.000 |    32.00 |    1.000 |    16.00 |    2.000 |    24.00 |")
+"""  # noqa: E501
+
+
+def test_concurrent_requests_are_timed_with_their_prompts_in_every_mode(tmp_path):
+    bench = """
+import json, sys
+assert sys.argv[sys.argv.index("-rtr") + 1] == sys.argv[sys.argv.index("-fmoe") + 1] == "1"
+decodes = "-gp" in sys.argv and sys.argv[sys.argv.index("-gp") + 1] == "8,4"
+print(json.dumps([{"avg_ts": 7.25 if decodes else 5.5}]))
+"""
+    script(tmp_path / "llama-bench", bench)
+    script(tmp_path / "llama-batched-bench", f"{BATCHED}\nassert '-rtr' in options\n{FOUR}")
+    work = replace(workload(tmp_path), concurrency=(1, 4))
+    variants = peers.parse_peer(f"ik_llama.cpp={tmp_path}").variants(work)
+    assert len({variant.name for variant in variants}) == 3
+    assert {variant.peer for variant in variants} == {"ik_llama.cpp, 1 thread"}
+    for variant in variants:
+        assert variant.run() == peers.PeerSpeed(7.25, 5.5, {1: 4.0, 4: 8.0})
+
+
+def test_a_missing_row_of_concurrent_requests_is_reported(tmp_path):
+    script(tmp_path / "llama-bench", "print('\"avg_ts\": 1.0')")
+    script(tmp_path / "llama-batched-bench", BATCHED)
+    work = replace(workload(tmp_path), concurrency=(1, 4))
+    variant, _ = peers.parse_peer(f"llama.cpp={tmp_path}").variants(work)
+    with pytest.raises(peers.PeerFailed, match="printed no time for 4 requests"):
+        variant.run()
 
 
 def test_distributed_llama_gets_a_worker_for_each_further_node(tmp_path):

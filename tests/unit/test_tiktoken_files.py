@@ -102,7 +102,7 @@ def test_ids_are_those_of_the_plain_algorithm(tokenizer, text):
 
 
 def test_documents_and_added_tokens(tokenizer):
-    text = (DOCS / "performance.md").read_text()[:20_000]
+    text = (DOCS / "devlog.md").read_text()[:20_000]
     assert tokenizer.encode(text, add_special_tokens=False) == encode_plainly(text)
     marked = tokenizer.encode("a<|tool_call_begin|>b[EOS]", add_special_tokens=False)
     assert marked[1::2] == [FIRST_ADDED + 7, FIRST_ADDED + 1]

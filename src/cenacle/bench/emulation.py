@@ -5,7 +5,7 @@ performance model.
 Does not know: how a rank waits for its machine (`engine/emulated_machine.py`).
 Invariant: what a computer could not keep up with is said beside each speed: the percent of passes
 that were late, and of their time by which they were.
-Next: `report.py` prints the results; docs/performance.md explains them.
+Next: `report.py` prints the results; docs/internals/benchmarks.md explains them.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def run_emulation(config: EmulationConfig, report: Report = lambda _: None) -> d
 
     Returns:
         A JSON object: "conditions", and "rows", one for each group and number of requests; see
-        docs/performance.md.
+        docs/internals/benchmarks.md.
 
     Raises:
         CenacleError: as `api.load`.

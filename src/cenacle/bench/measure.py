@@ -81,7 +81,7 @@ def run_bench(
 
     Returns:
         A JSON object: "conditions", "decode", "prefill", "concurrency", "step_timings_ms", "ranks",
-        "hardware_limits", "peers"; see docs/performance.md.
+        "hardware_limits", "peers"; see docs/internals/benchmarks.md.
 
     Raises:
         InputError: an impossible combination of options.
@@ -178,6 +178,7 @@ def _peer_workload(
         config.prompt_tokens,
         config.cache_dir / "peers",
         config.peer_timeout_s,
+        config.concurrency,
     )
 
 
@@ -203,13 +204,13 @@ class _Bench:
         self._rng = random.Random(0)
         self._decode: list[dict[str, Any]] = []
         self._prefill: list[dict[str, Any]] = []
+        self._concurrency: list[dict[str, Any]] = []
 
     def run(self, variants: Sequence[PeerVariant], limits: dict[str, Any]) -> dict[str, Any]:
         """The results of everything but the conditions."""
         peer_speeds = self._measure_rounds(variants)
         for context in self._config.contexts[1:]:
             self._measure_context(context)
-        concurrency = self._measure_concurrency()
         timings_ms, ranks = self._measure_steps()
         mean_bytes, max_bytes = token_read_bytes(self._model.plan)
         for rank, row in enumerate(ranks):
@@ -219,7 +220,7 @@ class _Bench:
         return {
             "decode": self._decode,
             "prefill": self._prefill,
-            "concurrency": concurrency,
+            "concurrency": self._concurrency,
             "step_timings_ms": timings_ms,
             "ranks": ranks,
             "hardware_limits": {**limits, "token": token},
@@ -227,7 +228,7 @@ class _Bench:
         }
 
     def _measure_rounds(self, variants: Sequence[PeerVariant]) -> list[list[PeerSpeed] | str]:
-        """The first context and the prompt, in turn with the peers.
+        """The first context, the prompt and concurrent requests, in turn with the peers.
 
         Returns:
             For each variant its speeds, or why it failed; it is not tried again then.
@@ -237,6 +238,7 @@ class _Bench:
         self._time_request(context, 2)
         decode: list[float] = []
         prefill: list[float] = []
+        concurrent: dict[int, list[float]] = {count: [] for count in config.concurrency}
         results: list[list[PeerSpeed] | str] = [[] for _ in variants]
         for i in range(config.repeat):
             self._report(f"round {i + 1} of {config.repeat}: ours")
@@ -244,36 +246,63 @@ class _Bench:
             decode.append(config.tokens / (times[-1] - times[1]))
             times = self._time_request(config.prompt_tokens, 1)
             prefill.append(config.prompt_tokens / (times[1] - times[0]))
+            for count, speeds in concurrent.items():
+                speeds.append(self._measure_requests(count))
             for peer, variant in enumerate(variants):
-                speeds = results[peer]
-                if isinstance(speeds, str):
+                result = results[peer]
+                if isinstance(result, str):
                     continue
                 self._report(f"round {i + 1} of {config.repeat}: {variant.name}")
                 try:
-                    speeds.append(variant.run())
+                    result.append(variant.run())
                 except PeerFailed as error:
                     results[peer] = str(error)
         self._decode.append(_row(decode, context=context))
         self._prefill.append(_row(prefill, tokens=config.prompt_tokens))
+        self._concurrency = [_row(all_, requests=count) for count, all_ in concurrent.items()]
+        single = next((r["tok_per_s"] for r in self._concurrency if r["requests"] == 1), None)
+        for row in self._concurrency:
+            row["ratio"] = row["tok_per_s"] / single if single else None
         return results
 
     def _compare(
         self, variants: Sequence[PeerVariant], results: Sequence[list[PeerSpeed] | str]
     ) -> list[dict[str, Any]]:
-        """A row for each peer: medians and ours over theirs, or how it failed."""
+        """A row for each variant: medians and ours over theirs, or how it failed.
+
+        A peer with several variants has one more row, with the best of them in each cell.
+        """
         rows: list[dict[str, Any]] = []
+        measured: dict[str, list[list[PeerSpeed]]] = {}
         for variant, speeds in zip(variants, results, strict=True):
             if isinstance(speeds, str):
                 rows.append({"name": variant.name, "failed": speeds})
                 continue
-            row: dict[str, Any] = {"name": variant.name}
-            for phase, ours in (("decode", self._decode[0]), ("prefill", self._prefill[0])):
-                all_ = [getattr(speed, phase) for speed in speeds]
-                median = statistics.median(all_)
-                row[f"{phase}_tok_per_s"], row[f"{phase}_all"] = median, all_
-                row[f"{phase}_ratio"] = ours["tok_per_s"] / median if median else None
-            rows.append(row)
+            rows.append(self._compare_with(variant.name, [speeds]))
+            if variant.peer is not None:
+                measured.setdefault(variant.peer, []).append(speeds)
+        for peer, all_speeds in measured.items():
+            if len(all_speeds) > 1:
+                rows.append(self._compare_with(f"{peer}, best in each cell", all_speeds))
         return rows
+
+    def _compare_with(self, name: str, variants: Sequence[list[PeerSpeed]]) -> dict[str, Any]:
+        """The row of the variant with the highest median, cell by cell."""
+        row: dict[str, Any] = {"name": name}
+        for phase, ours in (("decode", self._decode[0]), ("prefill", self._prefill[0])):
+            all_ = max(
+                ([getattr(speed, phase) for speed in speeds] for speeds in variants),
+                key=statistics.median,
+            )
+            median = statistics.median(all_)
+            row[f"{phase}_tok_per_s"], row[f"{phase}_all"] = median, all_
+            row[f"{phase}_ratio"] = ours["tok_per_s"] / median if median else None
+        row["concurrency"] = [
+            {**cell, "ratio": ours["tok_per_s"] / cell["tok_per_s"]}
+            for ours in self._concurrency
+            if (cell := _best_concurrency(ours["requests"], variants)) is not None
+        ]
+        return row
 
     def _measure_context(self, context: int) -> None:
         """Decoding after a long prompt; the prompt once, the decoding in `repeat` blocks."""
@@ -284,22 +313,12 @@ class _Bench:
         self._decode.append(_row(blocks, context=context))
         self._prefill.append(_row([context / (times[1] - times[0])], tokens=context))
 
-    def _measure_concurrency(self) -> list[dict[str, Any]]:
+    def _measure_requests(self, count: int) -> float:
         """Several requests at once: all tokens over wall time."""
-        config, rows = self._config, []
-        for requests in config.concurrency:
-            self._report(f"{requests} concurrent requests")
-            speeds = []
-            for _ in range(config.repeat):
-                started = time.perf_counter()
-                times = self._time_requests(config.contexts[0], config.tokens, requests)
-                elapsed = max(t[-1] for t in times) - started
-                speeds.append(sum(map(len, times)) / elapsed)
-            rows.append(_row(speeds, requests=requests))
-        single = next((row["tok_per_s"] for row in rows if row["requests"] == 1), None)
-        for row in rows:
-            row["ratio"] = row["tok_per_s"] / single if single else None
-        return rows
+        self._report(f"{count} concurrent requests")
+        started = time.perf_counter()
+        times = self._time_requests(self._config.contexts[0], self._config.tokens, count)
+        return sum(map(len, times)) / (max(t[-1] for t in times) - started)
 
     def _measure_steps(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """The time of a token by phase, and a row for each rank, from measured steps."""
@@ -391,6 +410,17 @@ def _relate_to_limits(
         outside_percent = 100 - busy_ms * tok_per_s / 10
         token |= {"kernels_ms": kernels_ms, "outside_percent": outside_percent}
     return token
+
+
+def _best_concurrency(requests: int, variants: Sequence[list[PeerSpeed]]) -> dict[str, Any] | None:
+    """Of the variants that were measured with so many requests."""
+    measured = [
+        [speed.concurrency[requests] for speed in speeds]
+        for speeds in variants
+        if all(requests in speed.concurrency for speed in speeds)
+    ]
+    best = max(measured, key=statistics.median, default=None)
+    return None if best is None else _row(best, requests=requests)
 
 
 def _row(speeds: Sequence[float], **condition: int) -> dict[str, Any]:

@@ -108,7 +108,9 @@ def _show_limits(limits: dict[str, Any], console: Console) -> None:
 
 
 def _show_peers(peers: list[dict[str, Any]], console: Console) -> None:
-    table = Table("peer", "decode", "ours / theirs", "prompt", "ours / theirs", box=None)
+    table = Table(
+        "peer", "decode", "ours / theirs", "prompt", "ours / theirs", "requests", box=None
+    )
     for row in peers:
         if "failed" in row:
             table.add_row(row["name"], "failed")
@@ -117,7 +119,11 @@ def _show_peers(peers: list[dict[str, Any]], console: Console) -> None:
         cells = []
         for phase in ("decode", "prefill"):
             cells += [f"{row[f'{phase}_tok_per_s']:.2f}", f"{row[f'{phase}_ratio']:.2f}"]
-        table.add_row(row["name"], *cells)
+        requests = ", ".join(
+            f"{cell['requests']}: {cell['tok_per_s']:.1f} ({cell['ratio']:.2f})"
+            for cell in row["concurrency"]
+        )
+        table.add_row(row["name"], *cells, requests)
     console.print(table)
 
 

@@ -91,7 +91,8 @@ class WorkloadArguments:
     threads: int | None = option(None, THREADS_HELP, min=1)
     peer: list[str] | None = option(
         None,
-        "Also measure llama.cpp=PATH, dllama=PATH or mlx-lm on the same model; repeatable.",
+        "Also measure llama.cpp=PATH, ik_llama.cpp=PATH, dllama=PATH or mlx-lm on the same model; "
+        "repeatable.",
         metavar="PEER",
     )
     emulate: list[str] | None = option(

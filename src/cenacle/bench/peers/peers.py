@@ -22,7 +22,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -52,6 +53,7 @@ class PeerWorkload:
         prompt_tokens: length of the prompt whose processing is timed.
         cache_dir: folder for models in peers' formats, which are reused for the same shape.
         timeout_s: longest that one process of a peer may take.
+        concurrency: numbers of requests at once; each decodes `tokens` after `context`.
     """
 
     folder: Path
@@ -64,6 +66,7 @@ class PeerWorkload:
     prompt_tokens: int
     cache_dir: Path
     timeout_s: float
+    concurrency: tuple[int, ...] = ()
 
     @property
     def all_cores(self) -> list[int]:
@@ -73,18 +76,24 @@ class PeerWorkload:
 
 @dataclass(frozen=True)
 class PeerSpeed:
-    """Tokens per second."""
+    """Tokens per second; `concurrency` by the number of requests, prompts included in the time."""
 
     decode: float
     prefill: float
+    concurrency: dict[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class PeerVariant:
-    """One way to run a peer, with its name for the table."""
+    """One way to run a peer, with its name for the table.
+
+    Args:
+        peer: the name under which the best of several variants is shown; None: not compared.
+    """
 
     name: str
     run: Callable[[], PeerSpeed]
+    peer: str | None = None
 
 
 class Peer(ABC):
@@ -100,7 +109,7 @@ class Peer(ABC):
 
 
 def parse_peer(text: str) -> Peer:
-    """The peer of a command-line option: "llama.cpp=PATH", "dllama=PATH" or "mlx-lm".
+    """The peer of an option: "llama.cpp=PATH", "ik_llama.cpp=PATH", "dllama=PATH" or "mlx-lm".
 
     Raises:
         InputError: an unknown name, or a missing program.
@@ -110,10 +119,13 @@ def parse_peer(text: str) -> Peer:
         return MlxLm()
     if name == "llama.cpp" and path:
         return LlamaCpp(Path(path).expanduser())
+    if name == "ik_llama.cpp" and path:
+        return IkLlamaCpp(Path(path).expanduser())
     if name == "dllama" and path:
         return Dllama(Path(path).expanduser())
     raise InputError(
-        f"--peer: expected llama.cpp=PATH, dllama=PATH or mlx-lm, got {text!r}", "peer"
+        f"--peer: expected llama.cpp=PATH, ik_llama.cpp=PATH, dllama=PATH or mlx-lm, got {text!r}",
+        "peer",
     )
 
 
@@ -129,36 +141,61 @@ def _find_program(location: Path, name: str) -> Path:
     )
 
 
-# ---- llama.cpp
+# ---- llama.cpp and ik_llama.cpp
+
+
+@dataclass(frozen=True)
+class LlamaMode:
+    """Options of one way to run it, of llama-bench and of llama-batched-bench."""
+
+    name: str
+    bench: tuple[str, ...]
+    batched: tuple[str, ...]
 
 
 class LlamaCpp(Peer):
     """llama.cpp by its own llama-bench: one process, and over ggml-rpc-server for several nodes.
 
+    One process runs in every mode; several requests are measured by llama-batched-bench, where
+    that is in the same folder.
+
     Args:
         location: the folder of its programs, or llama-bench.
     """
 
+    name = "llama.cpp"
+    rpc_server: str | None = "ggml-rpc-server"
+    modes: tuple[LlamaMode, ...] = (
+        LlamaMode("flash attention", ("-fa", "1"), ("-fa", "on")),
+        LlamaMode("no flash attention", ("-fa", "0"), ("-fa", "off")),
+    )
+
     def __init__(self, location: Path) -> None:
         self._bench = _find_program(location, "llama-bench")
         self._location = location
+        try:
+            self._batched: Path | None = _find_program(location, "llama-batched-bench")
+        except InputError:
+            self._batched = None
 
     def variants(self, workload: PeerWorkload) -> list[PeerVariant]:
-        """One process with all threads; with several nodes also one server for each."""
+        """One process with all threads in each mode; with several nodes also a server for each."""
         threads = workload.nodes * workload.threads
         model = cached_model(workload, "gguf", formats.write_gguf)
-        local = ["-t", str(threads), "-ngl", "0"]
+        name = f"{self.name}, {_count(threads, 'thread')}"
         variants = [
             PeerVariant(
-                f"llama.cpp, {_count(threads, 'thread')}",
-                lambda: self._measure(workload, model, local),
+                f"{name}, {mode.name}",
+                partial(self._run_mode, workload, model, threads, mode),
+                name,
             )
+            for mode in self.modes
         ]
-        if workload.nodes > 1:
-            server = _find_program(self._location, "ggml-rpc-server")
+        if workload.nodes > 1 and self.rpc_server is not None:
+            server = _find_program(self._location, self.rpc_server)
             variants.append(
                 PeerVariant(
-                    f"llama.cpp, {_count(workload.nodes, 'RPC server')}",
+                    f"{self.name}, {_count(workload.nodes, 'RPC server')}",
                     lambda: self._over_rpc(workload, model, server),
                 )
             )
@@ -174,12 +211,23 @@ class LlamaCpp(Peer):
             hosts = ",".join(f"127.0.0.1:{p}" for p in ports)
             return self._measure(workload, model, ["--rpc", hosts, "-ngl", "99", "-t", "1"])
 
+    def _run_mode(
+        self, workload: PeerWorkload, model: Path, threads: int, mode: LlamaMode
+    ) -> PeerSpeed:
+        local = ["-t", str(threads), "-ngl", "0"]
+        speed = self._measure(workload, model, [*local, *mode.bench])
+        if self._batched is None or not workload.concurrency:
+            return speed
+        return replace(speed, concurrency=self._measure_requests(workload, model, local, mode))
+
     def _measure(self, workload: PeerWorkload, model: Path, options: list[str]) -> PeerSpeed:
         base = [str(self._bench), "-m", str(model), *options, "-r", "1", "-o", "json"]
-        decoding = ["-p", "0", "-n", str(workload.tokens), "-d", str(workload.context)]
-        decode = self._run([*base, *decoding], workload)
+        decode = self._run([*base, *self._decoding(workload)], workload)
         prefill = self._run([*base, "-p", str(workload.prompt_tokens), "-n", "0"], workload)
         return PeerSpeed(decode, prefill)
+
+    def _decoding(self, workload: PeerWorkload) -> list[str]:
+        return ["-p", "0", "-n", str(workload.tokens), "-d", str(workload.context)]
 
     def _run(self, command: list[str], workload: PeerWorkload) -> float:
         text = run_program(command, workload.all_cores, workload.timeout_s)
@@ -187,6 +235,57 @@ class LlamaCpp(Peer):
         if match is None:
             raise PeerFailed(f"llama-bench printed no speed: {_tail(text)}")
         return float(match[1])
+
+    def _measure_requests(
+        self, workload: PeerWorkload, model: Path, local: list[str], mode: LlamaMode
+    ) -> dict[int, float]:
+        longest = max(workload.concurrency) * (workload.context + workload.tokens)
+        options = ["-c", str(longest + 64), "-b", "512", "-ub", "512", *mode.batched]
+        counts = ",".join(map(str, workload.concurrency))
+        cells = ["-npp", str(workload.context), "-ntg", str(workload.tokens), "-npl", counts]
+        command = [str(self._batched), "-m", str(model), *local, *options, *cells]
+        text = run_program(command, workload.all_cores, workload.timeout_s)
+        # | PP | TG | B | N_KV | T_PP s | S_PP t/s | T_TG s | S_TG t/s | T s | S t/s |
+        rows = [line.split("|")[1:-1] for line in text.splitlines() if line.count("|") == 11]
+        times_s = {int(row[2]): float(row[8]) for row in rows if row[2].strip().isdigit()}
+        if missing := set(workload.concurrency) - times_s.keys():
+            raise PeerFailed(
+                f"llama-batched-bench printed no time for {min(missing)} requests: {_tail(text)}"
+            )
+        return {n: n * workload.tokens / times_s[n] for n in workload.concurrency}
+
+
+class IkLlamaCpp(LlamaCpp):
+    """ik_llama.cpp, with fused experts and weights repacked when it starts.
+
+    Its llama-batched-bench gives token 0 to all requests, so that they choose the same experts.
+
+    Args:
+        location: the folder of its programs, or llama-bench.
+    """
+
+    name = "ik_llama.cpp"
+    rpc_server = None
+    modes = (
+        LlamaMode(
+            "flash attention",
+            ("-rtr", "1", "-fmoe", "1", "-fa", "1"),
+            ("-rtr", "-fa", "on"),
+        ),
+        LlamaMode(
+            "flash attention, q8_0 cache",
+            ("-rtr", "1", "-fmoe", "1", "-fa", "1", "-ctk", "q8_0", "-ctv", "q8_0"),
+            ("-rtr", "-fa", "on", "-ctk", "q8_0", "-ctv", "q8_0"),
+        ),
+        LlamaMode(
+            "no flash attention",
+            ("-rtr", "1", "-fmoe", "1", "-fa", "0"),
+            ("-rtr", "-fa", "off"),
+        ),
+    )
+
+    def _decoding(self, workload: PeerWorkload) -> list[str]:
+        return ["-p", "0", "-n", "0", "-gp", f"{workload.context},{workload.tokens}"]
 
 
 # ---- distributed-llama
