@@ -4,6 +4,7 @@ For each folder: the logits of a prompt and some greedy tokens, through the same
 engine as `cenacle.ranks.worker`.
 """
 
+import gc
 import hashlib
 import os
 import threading
@@ -33,6 +34,8 @@ def main() -> None:
 
 
 def serve(channel: Channel) -> None:
+    # Objects of libraries stay: looking through them after each model takes longer than the model.
+    gc.set_threshold(50_000, 20, 50)
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 

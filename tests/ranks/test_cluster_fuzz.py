@@ -36,9 +36,9 @@ def test_damaged_messages_are_messages_or_errors(module: Any) -> None:
 
 
 def test_every_border_of_a_cluster() -> None:
-    command = [sys.executable, str(BENCHMARKS / "fuzz_cluster.py"), "--frames", "40"]
+    command = [sys.executable, str(BENCHMARKS / "fuzz_cluster.py"), "--frames", "20"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["borders"] == 14
-    assert all(frames >= 40 for frames in result["frames"].values())
+    assert all(frames >= 20 for frames in result["frames"].values())

@@ -18,14 +18,14 @@ def run(script: str, *options: str) -> dict:
 
 def test_many_clients_at_once():
     # Speed, memory and fairness are for `make load`: other tests may have the cores.
-    result = run("load.py", "--seconds", "3", "--alone", "1", "--nodes", "2", "--report-only")
+    result = run("load.py", "--seconds", "2", "--alone", "1", "--nodes", "2", "--report-only")
     assert result["requests"] > 5
     assert result["errors"] == {}
     assert result["checks"]["nothing_logged"]
 
 
 def test_faulty_requests_and_what_the_description_allows():
-    result = run("fuzz.py", "--bodies", "200", "--nodes", "2", "--schema", "1", "--seed", "3")
-    assert sum(result["statuses"].values()) == 200
+    result = run("fuzz.py", "--bodies", "120", "--nodes", "2", "--schema", "1", "--seed", "3")
+    assert sum(result["statuses"].values()) == 120
     assert result["statuses"]["200"] > 5  # faults that change nothing: the model was reached
-    assert result["statuses"]["400"] > 100
+    assert result["statuses"]["400"] > 60

@@ -9,20 +9,8 @@ from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
 import cenacle
-from cenacle.collective.single import SingleRank
-from cenacle.core.plan import Plan
-from cenacle.core.request import Request, Sampling
-from cenacle.engine.engine import Engine
-from cenacle.engine.options import EngineOptions
-from cenacle.model.checkpoint import Checkpoint
 from cenacle.model.config_catalog import tiny_config
-from cenacle.model.expert_parallel import parallelize
-from cenacle.model.families import family_of
-from cenacle.model.loader import load_rank_model
-from cenacle.model.spec_reader import read_model_spec
-from cenacle.model.step_timer import StepTimer
 from cenacle.model.synth import synth
-from cenacle.scheduler.scheduler import Scheduler
 
 PROMPT = [(131 * i * i + 17 * i + 5) % 257 for i in range(2100)]
 CHUNK = 512
@@ -41,22 +29,6 @@ def expected(folder, max_tokens, **options):
     return [token for token, _ in steps]
 
 
-def on_one_rank(folder, max_tokens):
-    """The same steps as a group of one has, in this process, with MLX's kernels."""
-    plan = Plan.whole(read_model_spec(Checkpoint.open(folder)), 1)
-    model, timer = load_rank_model(Checkpoint.open(folder), plan, 0, lambda *_: None), StepTimer()
-    parallelize(model, plan.spec.family, plan, SingleRank(), timer, "mlx")
-    options = EngineOptions(prefill_chunk_size=CHUNK)
-    batching = family_of(plan.spec.family).batching
-    engine = Engine(model, SingleRank(), timer, options, batching=batching)
-    tokens, scheduler = [], Scheduler(prefill_chunk_size=CHUNK)
-    scheduler.submit(Request("r", tuple(PROMPT), max_tokens, sampling=Sampling(seed=0)))
-    while (step := scheduler.next_step()) is not None:
-        tokens += [event.token for event in scheduler.on_tokens(engine.step(step)[0])]
-    engine.close()
-    return tokens
-
-
 def on_nodes(folder, nodes, max_tokens, **options):
     with cenacle.load(str(folder), nodes=nodes, prefill_chunk_size=CHUNK, **options) as model:
         return model.generate(PROMPT, max_tokens=max_tokens).tokens
@@ -66,7 +38,7 @@ def on_nodes(folder, nodes, max_tokens, **options):
 @pytest.mark.parametrize("folder", ["qwen3_moe", "gpt_oss", "qwen3_next", "llama4"], indirect=True)
 def test_long_prompt_gives_the_same_tokens_on_three_nodes(folder):
     reference_tokens = expected(folder, 8)
-    assert on_one_rank(folder, 8) == reference_tokens
+    assert on_nodes(folder, 1, 8) == reference_tokens
     assert on_nodes(folder, 3, 8) == reference_tokens
 
 
