@@ -1,5 +1,6 @@
 """The command line without a model: shared options, errors, help, completion, docs/cli.md."""
 
+import io
 import os
 import re
 import runpy
@@ -9,6 +10,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -28,6 +30,7 @@ from cenacle.errors import CheckpointError, InputError
 from cenacle.load_options import LoadOptions
 from cenacle.model.checkpoint import Checkpoint
 from cenacle.paths import HOME_VARIABLE
+from support.program import run_here
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "src" / "cenacle" / "demo" / "demo_model"
@@ -50,6 +53,7 @@ def run_cenacle(*arguments, **environment):
     )
 
 
+@cache
 def all_commands():
     root = typer.main.get_command(main.make_app())
     context = typer.Context(root, info_name="cenacle")
@@ -174,8 +178,9 @@ def test_shells_complete_commands_and_values(shell, environment, expected):
         (["chat"], "--model: expected a folder or a repository, got none; or give"),
     ],
 )
-def test_wrong_usage_is_one_line_and_status_2(arguments, message, tmp_path):
-    done = run_cenacle(*arguments, **{HOME_VARIABLE: str(tmp_path)})
+def test_wrong_usage_is_one_line_and_status_2(monkeypatch, arguments, message, tmp_path):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    done = run_here(*arguments, home=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"error: {message}")
     assert len(done.stderr.splitlines()) == 1
@@ -260,7 +265,7 @@ def test_a_dataclass_parameter_becomes_options():
     ],
 )
 def test_errors_name_the_option_and_not_the_field(arguments, message, tmp_path):
-    result = run_cenacle(*arguments, CENACLE_HOME=str(tmp_path))
+    result = run_here(*arguments, home=tmp_path)
     assert result.returncode in (2, 4), result
     assert result.stderr.startswith(f"error: {message}"), result.stderr
     assert result.stderr.count("\n") == 1
