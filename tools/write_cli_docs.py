@@ -31,8 +31,8 @@ INTRODUCTION = """\
 completion for bash, zsh or fish. Results go to stdout, everything else to stderr; with `--json` the
 last line of stdout is one JSON object. Wrong usage exits with status 2, a checkpoint that cannot be
 read with 3, a placement that is impossible with 4, a failure of the ranks or the cluster with 5.
-Ctrl-C ends every command with the line `interrupted` and status 130. A reader of the output that
-goes away (`| head`) ends it silently with 141.
+Ctrl-C ends every command with the line `interrupted` and status 130. If the reader of a
+pipe closes it (`| head`), the command ends silently with status 141.
 """
 
 

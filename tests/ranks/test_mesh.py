@@ -460,7 +460,7 @@ def test_mesh_is_the_default():
 
 def test_a_build_for_another_mlx_is_reported(monkeypatch):
     monkeypatch.setattr(mx, "__version__", "0.99.0")
-    assert "this is MLX 0.99.0; install cenacle again" in mesh.unavailable_reason()
+    assert "MLX 0.99.0 is installed; reinstall cenacle" in mesh.unavailable_reason()
     backend, reason = local_ranks.resolve_backend("auto", 2)
     assert backend == "ring"
     assert "MLX's ring, which is slower, because the native mesh was built for" in reason

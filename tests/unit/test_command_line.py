@@ -174,7 +174,7 @@ def test_shells_complete_commands_and_values(shell, environment, expected):
         (["serve", "-m", "x", "--nodse", "2"], "no such option: --nodse; did you mean --nodes?"),
         (["generat"], "no such command 'generat'; did you mean 'generate'?"),
         (["join", "a", "b"], "unexpected extra argument(s) (b); see `cenacle join --help`"),
-        (["serve"], "--model: expected a folder or a repository, got none; or give --models-dir"),
+        (["serve"], "--model: expected a folder or a repository, got none; or use --models-dir"),
         (["chat"], "--model: expected a folder or a repository, got none; or give"),
     ],
 )

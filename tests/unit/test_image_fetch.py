@@ -153,7 +153,7 @@ def test_a_picture_is_fetched(server: tuple[int, list[Any]]) -> None:
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
-        ("redirect", "which is not followed"),
+        ("redirect", "redirects are not followed"),
         ("missing", "status 404"),
         ("compressed", "compressed"),
         ("large", "at most 20,000 bytes"),

@@ -198,16 +198,14 @@ def _parse_row(row: dict[str, str]) -> Measurement:
             f"scheme: expected one of {', '.join(CSV_SCHEMES)}, got {row['scheme']!r}", "scheme"
         )
     if (scheme == "single") != (nodes == 1):
-        raise InputError(f"scheme: {scheme} does not go with {nodes:g} nodes", "scheme")
+        raise InputError(f"scheme: {scheme} cannot be used with {nodes:g} nodes", "scheme")
     link = row["link"] if row["link"].lower() not in ("", "-", "none", "n/a") else None
     if nodes > 1 and link is None:
-        raise InputError("link: several nodes need one, such as tb5-rdma", "link")
+        raise InputError("link: several nodes need a link such as tb5-rdma, got none", "link")
     # "2" nodes of "m4-max-128", or several machines: "m1-ultra-128+m3-max-128".
     names = [n.strip() for n in row["machine"].replace("+", ";").replace(",", ";").split(";")]
     if len(names) not in (1, nodes):
-        raise InputError(
-            f"machine: {len(names)} machines do not go with {nodes:g} nodes", "machine"
-        )
+        raise InputError(f"machine: expected 1 or {nodes:g} machines, got {len(names)}", "machine")
     machines = f"{int(nodes)}x{names[0]}" if len(names) < nodes else ",".join(names)
     tok_per_s = _parse_number(row, "tok_per_s", 0)
     if tok_per_s <= 0:

@@ -87,7 +87,7 @@ class WorkloadArguments:
     concurrency: str = option("1,2,4,8", "Numbers of concurrent requests.", metavar="N,N,...")
     tokens: int = option(64, "Tokens to decode per measurement.", min=2)
     prompt_tokens: int = option(512, "Length of the measured prompt.", min=1)
-    repeat: int = option(3, "Number of rounds, in turn with the peers.", min=1)
+    repeat: int = option(3, "Number of rounds, alternating with those of the peers.", min=1)
     threads: int | None = option(None, THREADS_HELP, min=1)
     peer: list[str] | None = option(
         None,
@@ -97,7 +97,7 @@ class WorkloadArguments:
     )
     emulate: list[str] | None = option(
         None,
-        "Decode on emulated machines: ranks wait for as long as these would read weights. "
+        "Decode on emulated machines: ranks wait as long as these would take to read weights. "
         "Repeatable; speeds are compared with the first. Several nodes need a link. slow=10 runs "
         "ten times slower and multiplies the speeds by ten.",
         metavar="MACHINES",

@@ -101,7 +101,7 @@ class HeadArguments:
     node_timeout: str | None = option(
         None,
         "Time to wait at the start for missing nodes, such as 30m (s, m, h, d); never: no limit. "
-        "Default: 1d; 10s with several models, where a request would wait.",
+        "Default: 1d, or 10s with several models, because a request waits meanwhile.",
         metavar="TIME",
     )
 
@@ -137,7 +137,8 @@ def up(
     model: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Model folder, Hugging Face repository (org/model), or demo; several take turns.",
+            help="Model folder, Hugging Face repository (org/model), or demo. Repeatable: "
+            "the cluster loads one model at a time.",
             show_default=False,
         ),
     ] = None,
@@ -321,7 +322,7 @@ def join(
         str | None,
         typer.Argument(
             metavar="HOST:PORT",
-            help="Address of the head. Default: as before; with --token, found by mDNS.",
+            help="Address of the head. Default: the head joined last; with --token, found by mDNS.",
         ),
     ] = None,
     *,

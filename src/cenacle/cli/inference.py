@@ -116,7 +116,10 @@ def chat(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", metavar="MODEL", help=f"{MODEL_HELP} With --url: its name there."
+            "--model",
+            "-m",
+            metavar="MODEL",
+            help=f"{MODEL_HELP} With --url: its name on the server.",
         ),
     ] = None,
     url: Annotated[
@@ -162,7 +165,7 @@ def chat(
         return
     if model is None:
         raise InputError(
-            "--model: expected a folder or a repository, got none; or give --url with a server",
+            "--model: expected a folder or a repository, got none; or use --url with a server",
             "model",
         )
     model = check_model(model)

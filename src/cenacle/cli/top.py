@@ -68,7 +68,7 @@ def top(
             "--model",
             "-m",
             metavar="MODEL",
-            help="Model to show. Default: the one last used.",
+            help="Model to show. Default: the most recently used one.",
         ),
     ] = None,
     key: Annotated[
@@ -85,7 +85,7 @@ def top(
     ] = False,
     json_output: JsonOutput = False,
 ) -> None:
-    """Watch a server: nodes, memory, speed, requests, hot experts, faults; q quits."""
+    """Watch a server: nodes, memory, speed, requests, hot experts, faults. Press q to quit."""
     with contextlib.closing(RemoteServer(url or find_url(), key, certificate)) as server:
         watched = WatchedServer(server.get, model=model)
         watched.update()

@@ -183,14 +183,14 @@ def connect_to_head(
         ) from error
     except OSError as error:
         sock.close()
-        raise ClusterError(f"{address} is not a head ({error})") from error
+        raise ClusterError(f"{address} is not a head ({error}); check the address") from error
 
 
 def _receive(channel: Channel, address: str, kind: type[M]) -> M:
     try:
         message: Message = parse(channel.receive(), kind, messages.Rejection)
     except MessageError as error:
-        raise ClusterError(f"{address} is not a head ({error})") from error
+        raise ClusterError(f"{address} is not a head ({error}); check the address") from error
     except ClusterError as error:
         reason = str(error)
         if "alert" in reason:

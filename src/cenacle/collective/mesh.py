@@ -93,8 +93,8 @@ def _import_native() -> ModuleType:
         raise ClusterError(f"this installation has no native mesh ({error})") from error
     if mlx_version != native.MLX_VERSION:
         raise ClusterError(
-            f"the native mesh was built for MLX {native.MLX_VERSION} and this is MLX "
-            f"{mlx_version}; install cenacle again"
+            f"the native mesh was built for MLX {native.MLX_VERSION}, but MLX "
+            f"{mlx_version} is installed; reinstall cenacle"
         )
     return native
 

@@ -277,8 +277,8 @@ def _get(connection: http.client.HTTPConnection, target: str) -> bytes:
     response = connection.getresponse()
     if 300 <= response.status < 400:
         raise InputError(
-            f"its host redirects (status {response.status}), which is not followed; give the final "
-            f"URL",
+            f"its host redirects (status {response.status}), and redirects are not followed; give "
+            f"the final URL",
             "images",
         )
     if response.status != 200:

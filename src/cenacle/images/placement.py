@@ -86,7 +86,7 @@ class ImagePlaces:
         if sorted(self._order) != list(range(len(self._images))):
             raise InputError(
                 f"{self._field}: the model's chat template shows {len(set(self._order))} of its "
-                f"{len(self._images)} images; put them into messages of the user",
+                f"{len(self._images)} images; put all images into user messages",
                 self._field,
             )
         return text

@@ -110,7 +110,7 @@ class Checkpoint:
                 if len(tensors) > max_tensors:
                     raise CheckpointError(
                         f"{file}: expected at most {max_tensors:,} tensors for what config.json "
-                        f"describes, got more; the files do not belong together"
+                        f"describes, got more; download the model again"
                     )
         _check_index(folder, tensors, listed or {})
         _check_counts(folder, config, tensors)

@@ -674,8 +674,8 @@ def find_family(values: Values) -> str:
         if name not in FAMILIES:
             dense = ", ".join(n.partition(":")[0] for n in FAMILIES if n.endswith(":dense"))
             raise CheckpointError(
-                f"{values.path}: a dense model, it has no experts to distribute; llama.cpp runs it "
-                f"on one machine. As a draft model: {dense}, got {values.architecture}"
+                f"{values.path}: the model is dense, so it has no experts to distribute; use "
+                f"llama.cpp for it. As a draft model: {dense}, got {values.architecture}"
             )
         return name
     if values.architecture in ("qwen2", "qwen3"):

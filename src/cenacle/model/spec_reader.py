@@ -57,8 +57,8 @@ def read_model_spec(checkpoint: Checkpoint, *, images: bool = False) -> ModelSpe
     """
     if (form := find_form(checkpoint.config)) in (EAGLE3, DFLASH, DSPARK):
         raise CheckpointError(
-            f"{checkpoint.folder} is a drafter ({form}), which drafts for the model that it was "
-            f"made for: give that model, and this folder by --draft-model"
+            f"{checkpoint.folder}: expected a model, got a drafter ({form}); give the model for "
+            f"which it was made, and this folder with --draft-model"
         )
     name = architecture.resolve_family(checkpoint.config)
     sees = images and image_obstacle(checkpoint, name) is None

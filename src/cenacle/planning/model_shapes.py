@@ -286,7 +286,7 @@ def shape_from_config(
     dense_width = reader.number("intermediate_size_mlp", default=mlp_width or width)
     moe_ids = _moe_layers(reader, layers)
     if not moe_ids:
-        raise CheckpointError(f"{name}: the config gives none of its {layers} layers experts")
+        raise CheckpointError(f"{name}: none of the {layers} layers in the config has experts")
     moe = len(moe_ids)
     vocabulary = reader.number(*VOCAB_SIZE_KEYS, minimum=1)
     attention, attention_params = _attention(reader, layers, hidden)

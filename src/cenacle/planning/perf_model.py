@@ -275,9 +275,11 @@ def predict(
         )
     if len(machines) > 1:
         if scheme == "single":
-            raise InputError(f"scheme: single is one machine, got {len(machines)}", "scheme")
+            raise InputError(
+                f"scheme: expected one machine for single, got {len(machines)}", "scheme"
+            )
         if link is None:
-            raise InputError("link: several machines need one, such as tb5-rdma", "link")
+            raise InputError("link: expected one such as tb5-rdma, got none", "link")
     if len(machines) == 1 or scheme == "pipeline":  # the stages of a pipeline take turns
         machines = tuple(m.alone for m in machines)
     if len(machines) == 1:

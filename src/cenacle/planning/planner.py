@@ -155,7 +155,8 @@ def evaluate_options(
         raise InputError("machines: expected at least one, got none", "machines")
     if len(machines) > 1 and link is None:
         raise InputError(
-            f"link: {len(machines)} machines need one, such as tb5-rdma or 10gbe", "link"
+            f"link: {len(machines)} machines need a link such as tb5-rdma or 10gbe, got none",
+            "link",
         )
 
     def evaluate(variant: tuple[str, str, str], nodes: tuple[Machine, ...]) -> Option:
@@ -462,7 +463,7 @@ def what_if_curve(
     quantity, xs = _parse_range(text)
     machines = tuple(machines)
     if quantity == "nodes" and link is None and xs[-1] > 1:
-        raise InputError("link: several machines need one, such as tb5-rdma", "link")
+        raise InputError("link: expected one such as tb5-rdma, got none", "link")
     if quantity == "latency" and (link is None or len(machines) < 2):
         raise InputError("what-if: latency needs a link and several machines", "what-if")
 

@@ -60,7 +60,7 @@ class AccessPolicy:
         if require_key and not keys.list_keys():
             why = f"listening on {address}, beyond this machine," if is_public else "--require-key"
             raise InputError(
-                f"{why} needs an API key, and there is none; create one with `cenacle keys add "
+                f"{why} requires an API key, but none exists; create one with `cenacle keys add "
                 f"NAME`",
                 "require-key",
             )
