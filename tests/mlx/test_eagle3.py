@@ -341,5 +341,5 @@ def test_inspect_names_it_and_says_why_it_does_not_fit(served, drafters):
     other = str(drafters(vocab_size=500))
     with pytest.raises(InputError, match="expected 512 token ids, got 500"):
         CliRunner().invoke(make_app(), [*arguments, other], catch_exceptions=False)
-    with pytest.raises(CheckpointError, match=r"a drafter \(EAGLE-3\), which .*--draft-model"):
+    with pytest.raises(CheckpointError, match=r"a drafter \(EAGLE-3\); .*--draft-model"):
         read_model_spec(Checkpoint.open(folder))

