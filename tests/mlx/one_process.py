@@ -7,6 +7,7 @@ function there. No sockets, no processes: what fails here is the model or the pl
 import tempfile
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,25 @@ class Threads(Collective):
         return y
 
 
+@cache
+def _thread_of(rank: int) -> ThreadPoolExecutor:
+    """A rank's thread in this process, for all tests.
+
+    A stream is its thread's alone, MLX never ends one, and each evaluation takes longer the more
+    there are: with 200 four times as long.
+    """
+    return ThreadPoolExecutor(1, f"rank-{rank}")
+
+
+_own = threading.local()
+
+
+def _own_stream() -> mx.Stream:
+    if not hasattr(_own, "stream"):
+        _own.stream = mx.new_stream(mx.cpu)
+    return _own.stream
+
+
 def in_threads(size: int, function: Callable[[Collective], Any]) -> list[Any]:
     """`function(collective)` on every rank at once, each in a thread with a stream of its own.
 
@@ -73,18 +93,15 @@ def in_threads(size: int, function: Callable[[Collective], Any]) -> list[Any]:
 
     def run(rank: int) -> None:
         try:
-            with mx.stream(mx.new_stream(mx.cpu)):
+            with mx.stream(_own_stream()):
                 results[rank] = function(Threads(meeting, rank))
         except BaseException as error:
             if not isinstance(error, threading.BrokenBarrierError):
                 errors.append(error)
             meeting.barrier.abort()
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    for done in [_thread_of(rank).submit(run, rank) for rank in range(size)]:
+        done.result()
     if errors:
         raise errors[0]
     if meeting.barrier.broken:
