@@ -7,7 +7,7 @@ function there. No sockets, no processes: what fails here is the model or the pl
 import tempfile
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -62,23 +62,28 @@ class Threads(Collective):
         return y
 
 
-@cache
-def _thread_of(rank: int) -> ThreadPoolExecutor:
-    """A rank's thread in this process, for all tests.
+_idle: list[tuple[ThreadPoolExecutor, mx.Stream]] = []
+
+
+def start_with_stream(function: Callable[..., None], *arguments: Any) -> Future[None]:
+    """Run a function in a thread with a stream that are used again when it is done.
 
     A stream is its thread's alone, MLX never ends one, and each evaluation takes longer the more
     there are: with 200 four times as long.
     """
-    return ThreadPoolExecutor(1, f"rank-{rank}")
+    if _idle:
+        thread, stream = _idle.pop()
+    else:
+        thread = ThreadPoolExecutor(1, "rank")
+        stream = thread.submit(mx.new_stream, mx.cpu).result()
 
+    def run() -> None:
+        with mx.stream(stream):
+            function(*arguments)
 
-_own = threading.local()
-
-
-def _own_stream() -> mx.Stream:
-    if not hasattr(_own, "stream"):
-        _own.stream = mx.new_stream(mx.cpu)
-    return _own.stream
+    started = thread.submit(run)
+    started.add_done_callback(lambda _: _idle.append((thread, stream)))
+    return started
 
 
 def in_threads(size: int, function: Callable[[Collective], Any]) -> list[Any]:
@@ -93,15 +98,14 @@ def in_threads(size: int, function: Callable[[Collective], Any]) -> list[Any]:
 
     def run(rank: int) -> None:
         try:
-            with mx.stream(_own_stream()):
-                results[rank] = function(Threads(meeting, rank))
+            results[rank] = function(Threads(meeting, rank))
         except BaseException as error:
             if not isinstance(error, threading.BrokenBarrierError):
                 errors.append(error)
             meeting.barrier.abort()
 
-    for done in [_thread_of(rank).submit(run, rank) for rank in range(size)]:
-        done.result()
+    for started in [start_with_stream(run, rank) for rank in range(size)]:
+        started.result()
     if errors:
         raise errors[0]
     if meeting.barrier.broken:

@@ -14,7 +14,14 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from one_process import Rendezvous, Threads, load_rank, spec_of, tiny_model
+from one_process import (
+    Rendezvous,
+    Threads,
+    load_rank,
+    spec_of,
+    start_with_stream,
+    tiny_model,
+)
 from test_batching import (
     RUNNABLE,
     Answers,
@@ -90,15 +97,12 @@ class ThreadRanks:
         self.channels = [Channel(front, DEADLINE_S) for front, _ in pairs]
         self._far_ends = [Channel(back, DEADLINE_S) for _, back in pairs]
         self._loaded = threading.Barrier(nodes + 1)
-        self._threads = [threading.Thread(target=self._run, args=(rank,)) for rank in range(nodes)]
-        for thread in self._threads:
-            thread.start()
+        self._running = [start_with_stream(self._run, rank) for rank in range(nodes)]
         self._loaded.wait(DEADLINE_S)
 
     def _run(self, rank: int) -> None:
         try:
-            with mx.stream(mx.new_stream(mx.cpu)):
-                self._serve(rank)
+            self._serve(rank)
         except (ClusterError, threading.BrokenBarrierError):
             pass  # the group closed the channel, or another rank is lost
         except RankDies as error:
@@ -137,9 +141,8 @@ class ThreadRanks:
         for channel in self.channels:
             channel.close()
         self._meeting.barrier.abort()
-        for thread in self._threads:
-            thread.join(DEADLINE_S)
-            assert not thread.is_alive(), "a rank does not end"
+        for rank in self._running:
+            rank.result(DEADLINE_S)  # TimeoutError: a rank does not end
 
 
 class RankDies(Exception):
