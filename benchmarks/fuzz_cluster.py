@@ -52,6 +52,8 @@ from cenacle.ranks import messages as rank_messages
 from cenacle.ranks.channel import Channel
 from fuzz_messages import RANK_REPLIES, damage, frame, sample_message, sample_step
 
+# `httpx.get` reads the certificates of the system at each call: 58 ms of a processor.
+HTTP = httpx.Client(limits=httpx.Limits(max_keepalive_connections=0))
 HOST = "127.0.0.1"
 DEMO = Path(cenacle.__file__).parent / "demo" / "demo_model"
 WAIT_S = 120.0  # for what must happen; the machine may be busy
@@ -219,7 +221,7 @@ class RealCluster:
         return pair_with_head(self.folder / name, HOST, self.port, self.invite(), name)
 
     def _working(self) -> dict[str, Any] | None:
-        health = httpx.get(f"http://{HOST}:{self.api_port}/health", timeout=30).json()
+        health = HTTP.get(f"http://{HOST}:{self.api_port}/health", timeout=30).json()
         return dict(health) if health["status"] == "ok" and health.get("nodes") == 2 else None
 
     def connect(self) -> Any:
@@ -239,7 +241,7 @@ class RealCluster:
                     border.add_wrong(f"{name}: {self.before[name]} became {after[name]}")
             body = {"prompt": "12 + 30", "max_tokens": 2}
             url = f"http://{HOST}:{self.api_port}/v1/completions"
-            if (answer := httpx.post(url, json=body, timeout=WAIT_S)).status_code != 200:
+            if (answer := HTTP.post(url, json=body, timeout=WAIT_S)).status_code != 200:
                 border.add_wrong(f"an answer of {answer.status_code} {answer.text[:200]}")
             self.join(f"after-{border.name}")
         except (TimeoutError, CenacleError, httpx.HTTPError) as error:
