@@ -14,6 +14,7 @@ import json
 import os
 import resource
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -26,11 +27,28 @@ import psutil
 
 # A process with so much more than after its first answer is replaced: what it has freed may stay.
 MAX_KEPT_BYTES = 1 << 30
+END_TIMEOUT_S = 10  # of a process that has closed its output
 DEADLINE_S = 600  # of an answer, on a busy machine; the worker limits its processor time
 
 
 class WorkerFailed(Exception):
     """The process ended, or did not answer."""
+
+
+class WorkerKilled(WorkerFailed):
+    """Another program killed the process; limits of its work end it in other ways."""
+
+
+def work_again_if_killed(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Do work, and once more if its process was killed: by a person, or for lack of memory.
+
+    Raises:
+        WorkerFailed: as `WorkerProcess.ask`.
+    """
+    try:
+        return work()
+    except WorkerKilled:
+        return work()
 
 
 class WorkerProcess:
@@ -57,6 +75,7 @@ class WorkerProcess:
         """The answer to a message.
 
         Raises:
+            WorkerKilled: there is none, because another program killed the process.
             WorkerFailed: there is none.
         """
         try:
@@ -68,13 +87,21 @@ class WorkerProcess:
             (size,) = struct.unpack("<I", _read(process.stdout, 4, ends))
             answer: dict[str, Any] = json.loads(_read(process.stdout, size, ends))
         except (OSError, EOFError, ValueError) as error:
+            kind = WorkerKilled if self._was_killed(error) else WorkerFailed
             self.close()
-            raise WorkerFailed(f"{self._module}: {error!r}") from error
+            raise kind(f"{self._module}: {error!r}") from error
         resident_bytes = _resident_bytes(process)
         self._first_resident_bytes = self._first_resident_bytes or resident_bytes or 1
         if resident_bytes > self._first_resident_bytes + MAX_KEPT_BYTES:
             self.close()
         return answer
+
+    def _was_killed(self, error: Exception) -> bool:
+        if self._process is None or not isinstance(error, EOFError | BrokenPipeError):
+            return False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(END_TIMEOUT_S) in (-signal.SIGKILL, -signal.SIGTERM)
+        return False
 
     def close(self) -> None:
         """End the process."""

@@ -10,7 +10,7 @@ import pytest
 from cenacle import worker_process
 from cenacle.text import text_process
 from cenacle.text.text_process import TextProcess
-from cenacle.worker_process import WorkerFailed, WorkerProcess
+from cenacle.worker_process import WorkerFailed, WorkerProcess, work_again_if_killed
 
 
 @pytest.fixture
@@ -68,6 +68,52 @@ def test_a_worker_that_ends_is_started_again(stub_worker):
                 worker.ask(message)
         else:
             assert worker.ask(message) == {"length": 3_000_000}
+
+
+@pytest.mark.parametrize("when", ["idle", "at work", "always"])
+def test_work_is_done_again_when_another_program_kills_the_process(stub_worker, tmp_path, when):
+    worker = stub_worker(
+        f"""
+        import os, pathlib, signal
+        from cenacle.worker_process import serve
+        mark = pathlib.Path({str(tmp_path / "mark")!r})
+        def answer(message):
+            if message["when"] == "always" or message["when"] == "at work" and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return {{"pid": os.getpid()}}
+        serve(answer)
+        """
+    )
+    first = worker.ask({"when": "idle"})["pid"]
+    if when == "idle":
+        process = worker.start()
+        process.kill()
+        # Not waited for: the pipe is found closed while the message is written or read.
+    if when == "always":
+        with pytest.raises(worker_process.WorkerKilled):
+            work_again_if_killed(lambda: worker.ask({"when": when}))
+    else:
+        assert work_again_if_killed(lambda: worker.ask({"when": when}))["pid"] != first
+
+
+def test_work_beyond_a_limit_is_not_done_again(stub_worker, tmp_path):
+    worker = stub_worker(
+        f"""
+        import pathlib
+        from cenacle.worker_process import limit_work, serve
+        def answer(message):
+            with pathlib.Path({str(tmp_path / "times")!r}).open("a") as file:
+                file.write("x")
+            limit_work(0.01, 1 << 30)
+            while True:
+                pass
+        serve(answer)
+        """
+    )
+    with pytest.raises(WorkerFailed):
+        work_again_if_killed(lambda: worker.ask({}))
+    assert (tmp_path / "times").read_text() == "x"
 
 
 def test_a_worker_that_keeps_much_memory_is_replaced(stub_worker):

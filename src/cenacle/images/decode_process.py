@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ..core.image import pixel_digest
 from ..errors import InputError
-from ..worker_process import WorkerFailed, WorkerProcess
+from ..worker_process import WorkerFailed, WorkerProcess, work_again_if_killed
 
 CPU_S, MEMORY_BYTES = 20, 2 << 30
 
@@ -76,7 +76,7 @@ class DecodeProcess:
         }
         with self._lock:
             try:
-                answer = self._worker.ask(message)
+                answer = work_again_if_killed(lambda: self._worker.ask(message))
             except WorkerFailed:
                 raise InputError(
                     f"decoding it needs more than {CPU_S} s or {MEMORY_BYTES >> 30} GB; send a "

@@ -12,7 +12,7 @@ import contextlib
 import threading
 from typing import Any
 
-from ..worker_process import WorkerFailed, WorkerProcess
+from ..worker_process import WorkerFailed, WorkerProcess, work_again_if_killed
 from .time_limit import LimitReached
 
 # Of a chat or a text; to be tokenized, a text may take as much again for each megabyte.
@@ -65,17 +65,20 @@ class TextProcess:
             self._worker.close()
 
     def _ask(self, message: dict[str, Any], scale: float = 1.0) -> dict[str, Any]:
+        limits = {"cpu_s": CPU_S * scale, "memory_bytes": int(MEMORY_BYTES * scale)}
         with self._lock:
             try:
-                if self._tokenizer is not None and not self._worker.has_answered:
-                    loading = {"tokenizer": self._tokenizer, "cpu_s": LOAD_CPU_S}
-                    _raise_error(self._worker.ask({**loading, "memory_bytes": LOAD_MEMORY_BYTES}))
-                limits = {"cpu_s": CPU_S * scale, "memory_bytes": int(MEMORY_BYTES * scale)}
-                answer = self._worker.ask({**message, **limits})
+                answer = work_again_if_killed(lambda: self._ask_worker({**message, **limits}))
             except WorkerFailed:
                 raise LimitReached from None
         _raise_error(answer)
         return answer
+
+    def _ask_worker(self, message: dict[str, Any]) -> dict[str, Any]:
+        if self._tokenizer is not None and not self._worker.has_answered:
+            loading = {"tokenizer": self._tokenizer, "cpu_s": LOAD_CPU_S}
+            _raise_error(self._worker.ask({**loading, "memory_bytes": LOAD_MEMORY_BYTES}))
+        return self._worker.ask(message)
 
 
 def _raise_error(answer: dict[str, Any]) -> None:

@@ -13,8 +13,9 @@ import atexit
 import hashlib
 import threading
 from dataclasses import dataclass
+from typing import Any
 
-from ...worker_process import WorkerFailed, WorkerProcess
+from ...worker_process import WorkerFailed, WorkerProcess, work_again_if_killed
 from .grammar_worker import CPU_S
 
 KNOWN_GRAMMARS = 256  # compiled ones that are remembered
@@ -65,16 +66,7 @@ class GrammarProcess:
             if key in self._known:
                 return self._known[key]
             try:
-                if not self._worker.has_answered:
-                    self._tokenizer = None
-                if tokenizer is not None and self._tokenizer is not tokenizer:
-                    self._tokenizer = None
-                    fields = {"tokenizer": tokenizer.text, "stop_tokens": tokenizer.stop_tokens}
-                    if problem := self._worker.ask(fields)["error"]:
-                        raise UnreadableTokenizer(problem)
-                    self._tokenizer = tokenizer
-                with_vocabulary = tokenizer is not None
-                result = self._worker.ask({"grammar": grammar, "with_vocabulary": with_vocabulary})
+                result = work_again_if_killed(lambda: self._compile(grammar, tokenizer))
             except WorkerFailed as error:
                 raise ValueError(
                     f"expected one that compiles within {CPU_S} s and 1 GB and is not nested more "
@@ -86,6 +78,17 @@ class GrammarProcess:
                 self._known.pop(next(iter(self._known)))
             self._known[key] = list(result["warnings"])
             return self._known[key]
+
+    def _compile(self, grammar: str, tokenizer: SerializedTokenizer | None) -> dict[str, Any]:
+        if not self._worker.has_answered:
+            self._tokenizer = None
+        if tokenizer is not None and self._tokenizer is not tokenizer:
+            self._tokenizer = None
+            fields = {"tokenizer": tokenizer.text, "stop_tokens": tokenizer.stop_tokens}
+            if problem := self._worker.ask(fields)["error"]:
+                raise UnreadableTokenizer(problem)
+            self._tokenizer = tokenizer
+        return self._worker.ask({"grammar": grammar, "with_vocabulary": tokenizer is not None})
 
     def close(self) -> None:
         """End the process."""
