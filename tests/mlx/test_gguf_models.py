@@ -280,7 +280,7 @@ def test_what_is_not_supported_is_said(tmp_path):
             "expected a GGUF model of one of .*, llama, .* got 'qwen9moe'",
         ),
         (b"blk.0.attn_q_norm", b"blk.0.attn_q_nose", "unknown tensor blk.0.attn_q_nose.weight"),
-        (b"qwen3moe.expert_count", b"qwen3moe.expert_cou_t", "a dense model"),
+        (b"qwen3moe.expert_count", b"qwen3moe.expert_cou_t", "the model is dense"),
         (b"qwen3moe.block_count", b"qwen3moe.block_cou_t", "qwen3moe.block_count: expected a num"),
     ):
         (tmp_path / "other.gguf").write_bytes(data.replace(old, new))
