@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pexpect
@@ -148,6 +150,26 @@ def test_a_remote_server_and_a_stopped_answer(environment, server):
     terminal.ready()
     assert "12" in terminal.ask("What is 7 + 5?")
     assert terminal.leave() == 0
+
+
+class _OtherServer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_error(404)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_server_of_another_kind_is_named_with_what_to_do():
+    with HTTPServer(("127.0.0.1", 0), _OtherServer) as other:
+        thread = threading.Thread(target=other.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(InputError, match=r"got status 404 .* check the address"):
+                RemoteChat(f"http://127.0.0.1:{other.server_port}")
+        finally:
+            other.shutdown()
+            thread.join()
 
 
 def test_wrong_keys_and_addresses_are_refused(environment, server):

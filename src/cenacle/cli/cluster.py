@@ -137,8 +137,8 @@ def up(
     model: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Model folder, Hugging Face repository (org/model), or demo. Repeatable: "
-            "the cluster loads one model at a time.",
+            help="Model folder, Hugging Face repository (org/model), or demo. "
+            "Several may be given; the cluster loads one at a time.",
             show_default=False,
         ),
     ] = None,

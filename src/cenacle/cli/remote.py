@@ -88,7 +88,10 @@ class RemoteServer:
         try:
             message = str(response.json()["error"]["message"])
         except (ValueError, KeyError, TypeError):
-            message = f"status {response.status_code}"
+            message = (
+                f"expected a server with OpenAI's API, got status {response.status_code} without "
+                "its error; check the address, or start a server there with `cenacle serve`"
+            )
         message = f"{self._base_url}: {message}"
         if response.status_code == 401:
             raise InputError(f"{message}; pass the key with --key or CENACLE_API_KEY", "key")

@@ -110,7 +110,8 @@ class Checkpoint:
                 if len(tensors) > max_tensors:
                     raise CheckpointError(
                         f"{file}: expected at most {max_tensors:,} tensors for what config.json "
-                        f"describes, got more; download the model again"
+                        f"describes, got more; the files do not belong "
+                        "together: remove what is not of this model, or download it again"
                     )
         _check_index(folder, tensors, listed or {})
         _check_counts(folder, config, tensors)
@@ -252,7 +253,7 @@ def _check_counts(folder: Path, config: dict[str, Any], tensors: dict[str, Tenso
         if (count := find_int(config, keys) or 0) > limit:
             raise CheckpointError(
                 f"{folder}: config.json describes {count} {what}, and the {len(tensors)} tensors "
-                "cannot hold so many; the files do not belong together"
+                "cannot hold so many; the files do not belong together: download the model again"
             )
     experts, chosen = find_int(config, EXPERT_COUNT_KEYS), find_int(config, TOP_K_KEYS)
     if experts and chosen is not None and not 1 <= chosen <= experts:
