@@ -279,7 +279,9 @@ def predict(
                 f"scheme: expected one machine for single, got {len(machines)}", "scheme"
             )
         if link is None:
-            raise InputError("link: expected one such as tb5-rdma, got none", "link")
+            raise InputError(
+                "link: several machines need a link such as tb5-rdma, got none", "link"
+            )
     if len(machines) == 1 or scheme == "pipeline":  # the stages of a pipeline take turns
         machines = tuple(m.alone for m in machines)
     if len(machines) == 1:

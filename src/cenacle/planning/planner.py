@@ -463,7 +463,7 @@ def what_if_curve(
     quantity, xs = _parse_range(text)
     machines = tuple(machines)
     if quantity == "nodes" and link is None and xs[-1] > 1:
-        raise InputError("link: expected one such as tb5-rdma, got none", "link")
+        raise InputError("link: several machines need a link such as tb5-rdma, got none", "link")
     if quantity == "latency" and (link is None or len(machines) < 2):
         raise InputError("what-if: latency needs a link and several machines", "what-if")
 
